@@ -1,0 +1,160 @@
+"""A name or a path → images and labels, in one fixed order whatever the source.
+
+Routes: MNIST embedded in this package, a folder of idx files, an .npz file, TensorFlow Datasets.
+TFDS shuffles relative to the original files, so the same image has another index on another route
+and a partition by index would mean another thing. Every route therefore ends with the same sort,
+by a hash of each image and its label (`_canonical_order`).
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from noisefl.config import refuse
+from noisefl.data import idx, tfds
+
+_NPZ_KEYS = (  # of Keras, then our own
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels on the host, in the canonical order.
+
+    Attributes:
+      name: what `load` was asked for.
+      train_images: uint8 [N, H, W, Ch], 0 to 255.
+      train_labels: int32 [N], 0 to C − 1.
+      test_images: uint8 [N of test, H, W, Ch].
+      test_labels: int32 [N of test].
+      num_classes: C.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Loads a data set of images of one shape.
+
+    Images come in an order computed from their content, so an index means the same image on every
+    route. Exception: sets that TFDS stores as JPEG may decode to other bytes with another decoder,
+    and then come in another order.
+
+    Args:
+      name: one of
+        - `"mnist"`: embedded in the package, needs neither network nor `data_dir`;
+        - a path ending in `.npz`, with x_train, y_train, x_test, y_test (Keras) or train_images,
+          train_labels, test_images, test_labels;
+        - a path with a separator in it (`./digits`) to a folder of idx files, e.g.
+          train-images-idx3-ubyte.gz; plain or compressed; their checksums are not verified;
+        - a name that TFDS knows, with its configuration if any: `fashion_mnist`, `emnist/letters`.
+      data_dir: for a TFDS name only: a TFDS data folder, or for mnist, fashion_mnist and kmnist
+        a folder of the four original .gz files, verified against the checksums of TFDS. None is
+        the TFDS default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+
+    Returns:
+      A `Dataset`. C is what TFDS declares; for files, the largest label + 1.
+
+    Raises:
+      ValueError: unknown name, missing, damaged or unsuitable data, or a download that cannot be
+        made; the message says what to do.
+    """
+    if _is_path(name):
+        if data_dir is not None:
+            raise refuse("data_dir", data_dir, f"is for data-set names; {name} is a path already")
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise refuse("dataset", name, "no such file or folder")
+        return _dataset(name, idx.read_folder(path) if path.is_dir() else _read_npz(path))
+    if name == "mnist" and data_dir is None:
+        embedded = importlib.resources.files("noisefl.data") / "mnist" / "mnist.npz"
+        with embedded.open("rb") as file:
+            return _dataset(name, _read_npz(file), 10)
+    return _dataset(name, *tfds.read(name, data_dir))
+
+
+def _is_path(name: str) -> bool:
+    # A bare name is never a folder: one called "cifar10" that happens to lie in the working
+    # directory must not replace the data set. A TFDS name may hold a "/" (emnist/letters).
+    if name.endswith(".npz") or name.startswith(("/", ".", "~")):
+        return True
+    return any(mark in name for mark in "/\\") and Path(name).exists()
+
+
+def _read_npz(file: Path | IO[bytes]) -> idx.Arrays:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            for keys in _NPZ_KEYS:
+                if all(key in arrays for key in keys):
+                    train_x, train_y, test_x, test_y = (arrays[key] for key in keys)
+                    return train_x, train_y, test_x, test_y
+            found = ", ".join(arrays)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        # TypeError: np.load returned the array of a .npy file, which is no archive.
+        raise refuse("dataset", str(file), f"must be a readable .npz file ({error})") from error
+    raise refuse(
+        "dataset", str(file), f"must hold {' or '.join(map(str, _NPZ_KEYS))}, and holds {found}"
+    )
+
+
+def _dataset(name: str, arrays: idx.Arrays, num_classes: int | None = None) -> Dataset:
+    """Checks the arrays, adds the channel axis of grey images, sorts."""
+    train_x, train_y = _checked(name, "training", *arrays[:2])
+    test_x, test_y = _checked(name, "test", *arrays[2:])
+    if train_x.shape[1:] != test_x.shape[1:]:
+        shapes = f"{train_x.shape[1:]} in training and {test_x.shape[1:]} in test"
+        raise refuse("dataset", name, f"images must have one shape, and have {shapes}")
+    largest = int(max(train_y.max(), test_y.max()))
+    num_classes = largest + 1 if num_classes is None else num_classes
+    if largest >= num_classes:
+        raise refuse("dataset", name, f"has label {largest}, allowed are 0 to {num_classes - 1}")
+    return Dataset(name, train_x, train_y, test_x, test_y, num_classes)
+
+
+def _checked(
+    name: str, split: str, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        what = f"{images.dtype} {list(images.shape)}"
+        raise refuse("dataset", name, f"{split} images must be uint8 [N, H, W(, Ch)], are {what}")
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]  # as Keras stores CIFAR
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),):
+        what = f"{labels.dtype} {list(labels.shape)} for {len(images)} images"
+        raise refuse("dataset", name, f"{split} labels must be integers [N], are {what}")
+    if images.size == 0:
+        raise refuse("dataset", name, f"has no {split} images")
+    if labels.min() < 0 or labels.max() >= 2**31 - 1:
+        span = f"{labels.min()} to {labels.max()}"
+        raise refuse("dataset", name, f"{split} labels must be 0 or more (int32), are {span}")
+    images = images.reshape(*images.shape[:3], -1)
+    labels = labels.astype(np.int32)
+    order = _canonical_order(images, labels)
+    return images[order], labels[order]
+
+
+def _canonical_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Ranks by a 128-bit hash of pixels and label: int [N].
+
+    Two entries of one hash are the same image with the same label, so their order is free. A hash
+    rather than the pixels themselves: neighbours in this order have nothing in common, so the
+    first n images are as good as a random sample, and shards cut within a label are too.
+    """
+    digests = b"".join(
+        hashlib.blake2b(image.tobytes() + label.tobytes(), digest_size=16).digest()
+        for image, label in zip(images, labels.astype("<i4"), strict=True)
+    )
+    keys = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    return np.lexsort((keys[:, 1], keys[:, 0]))
