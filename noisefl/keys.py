@@ -1,0 +1,24 @@
+"""Keys: one root a seed, then named streams. No key is used twice and none has a default."""
+
+import zlib
+
+import jax
+
+# A purpose's number is a hash of its name, so adding one never shifts the randomness of another.
+
+
+def root(seed: int) -> jax.Array:
+    """The root key of a run."""
+    return jax.random.key(seed)
+
+
+def stream(key: jax.Array, purpose: str, index: jax.Array | int | None = None) -> jax.Array:
+    """The key of one purpose, and of one index (round, client, try) within that purpose.
+
+    Args:
+      key: a key that is used for nothing but deriving streams.
+      purpose: the stream's name, e.g. "groups".
+      index: int32 [], optional.
+    """
+    key = jax.random.fold_in(key, zlib.crc32(purpose.encode()))
+    return key if index is None else jax.random.fold_in(key, index)

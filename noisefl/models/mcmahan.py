@@ -1,0 +1,25 @@
+"""The MNIST CNN of McMahan et al. 2017 (arXiv 1602.05629, section 3)."""
+
+import jax
+from flax import linen as nn
+
+from noisefl.models.layers import Conv, max_pool
+
+
+class McMahanCNN(nn.Module):
+    """Two 5 × 5 convolutions (32, 64), each with 2 × 2 max pooling, 512 dense units, softmax.
+
+    1,663,370 parameters on 28 × 28 × 1 images and 10 classes, 832 of them in the first layer.
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
+        # max and ReLU commute: pooling first leaves a quarter of the work to the ReLU.
+        x = nn.relu(max_pool(Conv(32, 5, name="conv1")(x)))
+        x = nn.relu(max_pool(Conv(64, 5, name="conv2")(x)))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(512, name="dense1")(x))
+        return nn.Dense(self.num_classes, name="dense2")(x)

@@ -1,0 +1,274 @@
+"""One round of Noise-based Federated Averaging, a pure function.
+
+ALGORITHM.md, "One round", line by line. FedAvg is the same round with the noise off: a warm-up
+that never ends (`config.fedavg`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from noisefl import aggregate, calibrate, client, evaluate, keys, noise
+from noisefl.calibrate import Calibration, Calibrator, Probe, Reading
+from noisefl.config import Config, Hyper, refuse
+from noisefl.data import FederatedData
+
+Params = Any
+
+
+@struct.dataclass
+class RoundState:
+    """What one round hands to the next."""
+
+    round: jax.Array  # int32 []: rounds completed
+    owner: Params  # G, delivered to the requester; no client ever sees it
+    base: Params  # W, that both copies of the next round start from
+    owner_accuracy: jax.Array  # float32 []: G's on the judging split; −1 before it is first judged
+    warmed: jax.Array  # bool []: G's accuracy has once exceeded the cap
+    carry: Any  # the calibrator's
+
+
+@struct.dataclass
+class RoundInfo:
+    """What happened in a round, M clients and s server-side clients."""
+
+    clients: jax.Array  # int32 [M]: indices into the population, group a first
+    signs: jax.Array  # float32 [M]: +1 received W + ξ, −1 received W − ξ
+    server_counts: jax.Array  # float32 [s]: samples that the server-side clients counted for
+    protected: jax.Array  # bool []: the round was past warm-up, so that the cap applied
+    shipped: jax.Array  # bool []: models were distributed (Config.on_infeasible)
+    calibration: Calibration
+    relative_strength: jax.Array  # float32 []: RMS of ξ over RMS of the noised parameters
+    training_samples: jax.Array  # int32 []: images that clients trained on, each epoch counted
+    local_accuracy: jax.Array  # float32 [M]: the clients' own models after training, on test
+    finite: jax.Array  # bool []: no parameter of the new owner or base is NaN or infinite
+
+
+class Round(NamedTuple):
+    """`init(key) → state` and `step(key, state, data, hyper) → (state, info)`, both pure.
+
+    `step` consumes its key; it composes with jit, scan, and vmap over keys, states and hypers.
+    """
+
+    init: Callable[[jax.Array], RoundState]
+    step: Callable[[jax.Array, RoundState, FederatedData, Hyper], tuple[RoundState, RoundInfo]]
+
+
+def _probe(
+    apply: evaluate.Apply, base: Params, paths: Any, data: FederatedData, config: Config
+) -> Probe:
+    images, labels = _judging_split(data, config)
+
+    def accuracy(draw: noise.Draw, strength: jax.Array) -> Reading:
+        xi = noise.scaled(base, draw, strength, config.noise_scale)
+        plus, minus = (
+            evaluate.accuracy(apply, noise.apply(base, xi, sign), images, labels, config.eval_batch)
+            for sign in (1, -1)
+        )
+        return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
+
+    return Probe(lambda key: noise.draw(key, base, paths, config.noise_distribution), accuracy)
+
+
+def _weighted_sum_over_clients(
+    train: Callable[..., tuple[Params, jax.Array]],
+    clients: tuple[jax.Array, ...],
+    weights: jax.Array,
+    at_once: int,
+) -> tuple[Params, jax.Array]:
+    """Σ_k weights_k · model_k and the second outputs [M], where `train(*client_k)` gives both.
+
+    The only place where clients are mapped. Models are summed as they come, so that memory is
+    bounded by `at_once` and not by the cohort.
+    """
+    size = weights.shape[0]
+    at_once = min(at_once or size, size)
+    # The last chunk is filled up with repeats of the first client, of weight 0.
+    fill = -size % at_once
+    xs = jax.tree.map(
+        lambda x: jnp.concatenate([x, x[:fill]]).reshape(-1, at_once, *x.shape[1:]), clients
+    )
+    weights = jnp.pad(weights, (0, fill)).reshape(-1, at_once)
+
+    def chunk(total: Params, x: Any) -> tuple[Params, jax.Array]:
+        some, share = x
+        if at_once == 1:
+            model, out = train(*jax.tree.map(lambda leaf: leaf[0], some))
+            part, out = jax.tree.map(lambda leaf: share[0] * leaf, model), out[None]
+        else:
+            models, out = jax.vmap(train)(*some)
+            part = jax.tree.map(lambda leaf: jnp.tensordot(share, leaf, 1), models)
+        return jax.tree.map(jnp.add, total, part), out
+
+    shapes = jax.eval_shape(lambda: train(*jax.tree.map(lambda x: x[0, 0], xs)))[0]
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, outs = lax.scan(chunk, zero, (xs, weights))
+    return total, outs.reshape(-1)[:size]
+
+
+def make_round(
+    model: nn.Module,
+    config: Config,
+    *,
+    optimizer: client.Optimizer | None = None,
+    calibrator: Calibrator | None = None,
+) -> Round:
+    """Builds the round of a model and a config.
+
+    Args:
+      model: maps images [B, H, W, Ch] in [0, 1] to logits [B, C].
+      config: static options.
+      optimizer: of local training, (hyper, round) → optax transformation; default `client.sgd`.
+      calibrator: default what `config.calibrator` names.
+
+    Returns:
+      Round(init, step).
+
+    Raises:
+      ValueError: `config.noise_layers` matches no parameter of the model; from `step`, data whose
+        population or image shape is not the config's.
+    """
+    paths = noise.target(model, config)
+    optimizer = optimizer or client.sgd(config)
+    calibrator = calibrator or calibrate.from_config(config)
+    signs = jnp.asarray(np.repeat([1.0, -1.0], config.groups), jnp.float32)
+    apply = model.apply
+    judged = config.keep_best or config.warmup == "until_cap"
+
+    def init(key: jax.Array) -> RoundState:
+        params = model.init(key, jnp.zeros((1, *config.image_shape)))["params"]
+        return RoundState(
+            round=jnp.int32(0),
+            owner=params,
+            base=jax.tree.map(jnp.copy, params),  # its own buffers: the state may be donated
+            owner_accuracy=jnp.float32(-1),
+            warmed=jnp.bool_(False),
+            carry=calibrator.init(),
+        )
+
+    def step(
+        key: jax.Array, state: RoundState, data: FederatedData, hyper: Hyper
+    ) -> tuple[RoundState, RoundInfo]:
+        _check(data, config)
+        base, t = state.base, state.round + 1
+        warming = t <= hyper.warmup_rounds
+        if config.warmup == "until_cap":
+            warming |= ~state.warmed
+
+        # a_t, b_t, s_t
+        cohort = jax.random.permutation(keys.stream(key, "groups"), config.num_clients)
+        cohort = cohort[: config.cohort].astype(jnp.int32)
+        counts = data.counts[cohort]
+        borrowed = aggregate.borrowed_counts(keys.stream(key, "server"), data.counts, config)
+
+        # σ and ξ
+        probe = _probe(apply, base, paths, data, config)
+        calibration, carry = lax.cond(
+            warming,
+            lambda: (calibrate.no_noise(probe), state.carry),
+            lambda: calibrator.calibrate(
+                keys.stream(key, "calibration"), base, probe, hyper, state.carry
+            ),
+        )
+        xi = noise.scaled(base, calibration.draw, calibration.strength, config.noise_scale)
+
+        # w_k ← ClientUpdate(k, W ± ξ)
+        def train(k: jax.Array, sign: jax.Array) -> tuple[Params, jax.Array]:
+            start = noise.apply(base, xi, sign)
+            client_key = keys.stream(key, "client", k)
+            positions, valid = client.batches(
+                client_key, data.counts[k], data.clients.shape[1], config
+            )
+            samples = data.clients[k][positions]
+            images, labels = data.train_images, data.train_labels
+            trained = client.update(
+                apply, optimizer(hyper, t), start, images, labels, samples, valid
+            )
+            tested = slice(0, config.local_test_size or None)
+            local_accuracy = evaluate.accuracy(
+                apply,
+                trained,
+                data.test_images[tested],
+                data.test_labels[tested],
+                config.eval_batch,
+            )
+            if config.cancellation == "subtract":
+                trained = noise.remove(trained, start, base)
+            return trained, local_accuracy
+
+        weights = aggregate.shares(counts)
+        if config.cancellation == "reweight":
+            weights = jnp.where(warming, weights, aggregate.halves(weights, signs))
+        average, local_accuracy = _weighted_sum_over_clients(
+            train, (cohort, signs), weights, config.clients_at_once
+        )
+
+        # G and W
+        candidate = aggregate.include_server_clients(
+            average, state.owner, jnp.sum(counts).astype(jnp.float32), jnp.sum(borrowed)
+        )
+        owner = _select(warming, average, candidate)
+        accuracy = state.owner_accuracy
+        if judged:
+            accuracy = evaluate.accuracy(
+                apply, owner, *_judging_split(data, config), config.eval_batch
+            )
+        if config.keep_best:
+            kept = ~warming & ~(accuracy >= state.owner_accuracy)
+            owner = _select(kept, state.owner, owner)
+            accuracy = jnp.where(kept, state.owner_accuracy, accuracy)
+        new_base = owner if config.next_base == "owner" else average
+
+        shipped = calibration.feasible | (config.on_infeasible == "ship")
+        new = RoundState(
+            round=t,
+            owner=_select(shipped, owner, state.owner),
+            base=_select(shipped, new_base, base),
+            owner_accuracy=jnp.where(shipped, accuracy, state.owner_accuracy),
+            warmed=state.warmed | (accuracy > hyper.cap),
+            carry=carry,
+        )
+        info = RoundInfo(
+            clients=cohort,
+            signs=signs,
+            server_counts=borrowed,
+            protected=~warming,
+            shipped=shipped,
+            calibration=calibration,
+            relative_strength=noise.relative_strength(
+                base, paths, config.noise_scale, calibration.strength
+            ),
+            training_samples=jnp.where(shipped, jnp.sum(counts) * config.local_epochs, 0),
+            local_accuracy=jnp.where(shipped, local_accuracy, jnp.nan),
+            finite=evaluate.is_finite((new.owner, new.base)),
+        )
+        return new, info
+
+    return Round(init, step)
+
+
+def _select(condition: jax.Array, yes: Params, no: Params) -> Params:
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+
+
+def _judging_split(data: FederatedData, config: Config) -> tuple[jax.Array, jax.Array]:
+    if config.accuracy_on == "test":
+        return data.test_images, data.test_labels
+    return data.validation_images, data.validation_labels
+
+
+def _check(data: FederatedData, config: Config) -> None:
+    if data.counts.shape[0] != config.num_clients:
+        raise refuse(
+            "num_clients", config.num_clients, f"the data have {data.counts.shape[0]} clients"
+        )
+    if data.train_images.shape[1:] != tuple(config.image_shape):
+        raise refuse(
+            "image_shape", config.image_shape, f"the data's is {data.train_images.shape[1:]}"
+        )
