@@ -38,12 +38,14 @@ def accuracy_loop(
     """Tries σ0, then ever larger strengths, until both copies are at or under the aim.
 
     Try j = 0 is at σ0, so that σ0 = 0 asks first whether the bare base needs noise at all. The
-    loop gives up, infeasible, after a failed try at σ_max or after `max_tries`; it then ships the
-    last, strongest try. The very pair that ships has been evaluated on the whole split.
+    strength stays at σ_max once it is there. The loop gives up, infeasible, after `max_tries`, and
+    with one draw already after a failed try at σ_max, since another would be the same; it then
+    ships the last, strongest try. The very pair that ships has been evaluated on the whole split.
 
     A ReLU network with max pooling is nearly homogeneous in its first layer, so that its accuracy
-    tends to a limit which depends on the draw as σ grows: without both bounds the loop need not
-    end (ALGORITHM.md, "The loop need not end").
+    tends to a limit as σ grows: without the bounds the loop need not end (ALGORITHM.md, "The loop
+    need not end"). The limit depends on the draw, so that fresh draws at σ_max still find pairs
+    that hold.
 
     Args:
       raise_strength: `additive` or `geometric`.
@@ -57,7 +59,9 @@ def accuracy_loop(
             return probe.draw(keys.stream(key, "try", tries if redraw == "fresh" else 0))
 
         def unfinished(loop: _Loop) -> jax.Array:
-            more = (loop.strength < hyper.strength_max) & (loop.tries < hyper.max_tries)
+            more = loop.tries < hyper.max_tries
+            if redraw == "rescale":
+                more &= loop.strength < hyper.strength_max
             return ~holds(loop.reading, hyper) & more
 
         def again(loop: _Loop) -> _Loop:

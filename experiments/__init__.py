@@ -1,0 +1,1 @@
+"""Drivers: they parse flags, run the library and write files."""
