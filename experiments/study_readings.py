@@ -16,7 +16,7 @@ from experiments import run
 
 _OUT = flags.DEFINE_string("out", "results/readings", "folder of the study")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "seeds, comma-separated")
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "rounds of each run")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "rounds of each run")
 _ONLY = flags.DEFINE_list("only", None, "names of the readings to run; all if not given")
 
 # The literal loop takes up to 60 tries a round. All other rows raise σ by a factor and measure it
@@ -96,8 +96,9 @@ def row(name: str, folders: list[Path]) -> list[str]:
         if record["protected"]
     ]
 
-    def spread(key: str, scale: float = 1) -> str:
-        return f"{scale * mean(s[key] for s in done):.3f} ({', '.join(f'{scale * s[key]:.3f}' for s in done)})"
+    def spread(key: str) -> str:
+        each = ", ".join(f"{s[key]:.3f}" for s in done)
+        return f"{mean(s[key] for s in done):.3f} ({each})"
 
     def count(key: str) -> str:
         return f"{sum(s[key] for s in done)}/{sum(s['protected_rounds'] for s in done)}"
