@@ -1,8 +1,8 @@
 """`python -m experiments.study_fedavg`: rounds of plain FedAvg to a target accuracy on MNIST.
 
 The published figures for McMahan's CNN, K = 100, C = 0.1, B = 10, IID, 99 % on test are 34 rounds
-(E = 1) and 20 (E = 5), with η tuned for each (McMahan et al. 2017, table 2). Here η is the one that
-first reaches the target on validation, and its rounds on test are reported, seed by seed.
+(E = 1) and 20 (E = 5), with η tuned for each (McMahan et al. 2017, table 2). Here η is the one with
+the best validation accuracy after a few rounds, and its rounds on test are reported, seed by seed.
 """
 
 import json
@@ -23,6 +23,7 @@ _EPOCHS = flags.DEFINE_integer("local_epochs", 1, "E", lower_bound=1)
 _RATES = flags.DEFINE_list("learning_rates", ["0.1", "0.2"], "candidates for η")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "the first chooses η; all run with it")
 _TARGET = flags.DEFINE_float("target", 0.99, "accuracy, a share of 1")
+_TRIAL = flags.DEFINE_integer("trial_rounds", 15, "rounds after which η is chosen on validation")
 _ROUNDS = flags.DEFINE_integer("rounds", 60, "give up after so many")
 
 
@@ -40,50 +41,40 @@ def main(argv: list[str]) -> None:
     )
     dataset = load("mnist")
 
-    def reached(seed: int, rate: float) -> dict:
-        """First rounds at which G is at the target on validation and on test, None if never."""
+    def run(seed: int, rate: float, rounds: int) -> dict:
+        """Runs until G is at the target on test, or for `rounds`."""
         data = federate(dataset, num_clients=config.num_clients, seed=seed)
         hyper = fedavg(check_hyper(Hyper(learning_rate=rate), config))
-        root, first, curve = keys.root(seed), {}, []
+        root, curve = keys.root(seed), []
         state = round_.init(keys.stream(root, "init"))
         start = time.perf_counter()
-        for t in range(1, _ROUNDS.value + 1):
-            key = keys.stream(keys.stream(root, "rounds"), "round", jnp.int32(t))
+        reached = False
+        while not reached and len(curve) < rounds:
+            key = keys.stream(keys.stream(root, "rounds"), "round", state.round + 1)
             state, _ = step(key, state, data, hyper)
-            scores = {
-                "validation": accuracy(state.owner, data.validation_images, data.validation_labels),
-                "test": accuracy(state.owner, data.test_images, data.test_labels),
-            }
-            curve.append({split: round(float(score), 4) for split, score in scores.items()})
-            for split, score in scores.items():
-                if score >= jnp.float32(_TARGET.value):
-                    first.setdefault(split, t)
-            print(f"seed {seed} η {rate} round {t} {curve[-1]}", file=sys.stderr, flush=True)
-            if len(first) == len(scores):
-                break
-        seconds = round((time.perf_counter() - start) / len(curve), 2)
+            validation = accuracy(state.owner, data.validation_images, data.validation_labels)
+            test = accuracy(state.owner, data.test_images, data.test_labels)
+            reached = bool(test >= jnp.float32(_TARGET.value))
+            curve.append({"validation": float(str(validation)), "test": float(str(test))})
+            print(f"seed {seed} η {rate} round {len(curve)} {curve[-1]}", file=sys.stderr)
         return {
             "seed": seed,
             "local_epochs": config.local_epochs,
             "learning_rate": rate,
-            "rounds_validation": first.get("validation"),
-            "rounds_test": first.get("test"),
-            "seconds_per_round": seconds,
+            "rounds_to_target": len(curve) if reached else None,
+            "seconds_per_round": round((time.perf_counter() - start) / len(curve), 2),
             "curve": curve,
         }
 
     seeds = [int(seed) for seed in _SEEDS.value]
-    runs = [reached(seeds[0], float(rate)) for rate in _RATES.value]
-    best = min(
-        runs,
-        key=lambda run: (run["rounds_validation"] or 10**9, -run["curve"][-1]["validation"]),
-    )
-    runs += [reached(seed, best["learning_rate"]) for seed in seeds[1:]]
+    runs = [run(seeds[0], float(rate), _TRIAL.value) for rate in _RATES.value]
+    best = max(runs, key=lambda result: result["curve"][-1]["validation"])
+    runs += [run(seed, best["learning_rate"], _ROUNDS.value) for seed in seeds]
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{_MODEL.value}_E{config.local_epochs}.json").write_text(json.dumps(runs, indent=1))
-    for run in runs:
-        print({name: value for name, value in run.items() if name != "curve"})
+    for result in runs:
+        print({name: value for name, value in result.items() if name != "curve"})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import run
 
@@ -65,6 +65,7 @@ HEADINGS = (
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # app.run would show every checkpoint
     out = Path(_OUT.value)
     names = _ONLY.value or list(READINGS)
     if unknown := [name for name in names if name not in READINGS]:

@@ -178,7 +178,7 @@ class Hyper:
       strength: σ0, the strength of the loop's first try; of every try with "fixed".
       strength_step: what "additive" adds a try.
       strength_factor: what "geometric" multiplies by a try.
-      strength_max: σ_max; a loop that fails there ends, infeasible.
+      strength_max: σ_max; there, fresh draws go on until `max_tries`, one rescaled draw ends.
       max_tries: bound on the tries of a round, the first included.
       warmup_rounds: τ; the rounds t ≤ τ run without noise. `NEVER` makes the run plain FedAvg.
     Strengths are in units of the parameters ("absolute") or of their RMS ("relative").

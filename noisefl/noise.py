@@ -105,11 +105,15 @@ def unit_scale(params: Params, paths: tuple[Path, ...], noise_scale: str) -> dic
 def relative_strength(
     params: Params, paths: tuple[Path, ...], noise_scale: str, strength: jax.Array
 ) -> jax.Array:
-    """r = (RMS of ξ) / (RMS of the noised parameters), float32 []; over one layer r = σ / RMS."""
+    """r = (RMS of ξ) / (RMS of the noised parameters), float32 []; over one layer r = σ / RMS.
+
+    0 without noise, also where the parameters are all 0.
+    """
     flat, scales = _flat(params), unit_scale(params, paths, noise_scale)
     size = sum(flat[path].size for path in paths)
     spread = sum(flat[path].size * jnp.square(scales[path]) for path in paths)
-    return strength * jnp.sqrt(spread / size) / _rms([flat[path] for path in paths])
+    ratio = strength * jnp.sqrt(spread / size) / _rms([flat[path] for path in paths])
+    return jnp.where(strength > 0, ratio, 0)
 
 
 def scaled(params: Params, drawn: Draw, strength: jax.Array, noise_scale: str) -> Draw:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from noisefl import aggregate, calibrate, client, evaluate, keys, noise
+from noisefl import aggregate, calibrate, client, cohort, evaluate, keys, noise
 from noisefl.calibrate import Calibration, Calibrator, Probe, Reading
 from noisefl.config import Config, Hyper, refuse
 from noisefl.data import FederatedData
@@ -29,8 +29,10 @@ class RoundState:
     round: jax.Array  # int32 []: rounds completed
     owner: Params  # G, delivered to the requester; no client ever sees it
     base: Params  # W, that both copies of the next round start from
-    owner_accuracy: jax.Array  # float32 []: G's on the judging split; −1 before it is first judged
-    warmed: jax.Array  # bool []: G's accuracy has once exceeded the cap
+    owner_accuracy: (
+        jax.Array
+    )  # float32 []: G's on the judging split; −1 until an option asks for it
+    warmed: jax.Array  # bool []: that accuracy has once exceeded the cap
     carry: Any  # the calibrator's
 
 
@@ -76,42 +78,6 @@ def _probe(
     return Probe(lambda key: noise.draw(key, base, paths, config.noise_distribution), accuracy)
 
 
-def _weighted_sum_over_clients(
-    train: Callable[..., tuple[Params, jax.Array]],
-    clients: tuple[jax.Array, ...],
-    weights: jax.Array,
-    at_once: int,
-) -> tuple[Params, jax.Array]:
-    """Σ_k weights_k · model_k and the second outputs [M], where `train(*client_k)` gives both.
-
-    The only place where clients are mapped. Models are summed as they come, so that memory is
-    bounded by `at_once` and not by the cohort.
-    """
-    size = weights.shape[0]
-    at_once = min(at_once or size, size)
-    # The last chunk is filled up with repeats of the first client, of weight 0.
-    fill = -size % at_once
-    xs = jax.tree.map(
-        lambda x: jnp.concatenate([x, x[:fill]]).reshape(-1, at_once, *x.shape[1:]), clients
-    )
-    weights = jnp.pad(weights, (0, fill)).reshape(-1, at_once)
-
-    def chunk(total: Params, x: Any) -> tuple[Params, jax.Array]:
-        some, share = x
-        if at_once == 1:
-            model, out = train(*jax.tree.map(lambda leaf: leaf[0], some))
-            part, out = jax.tree.map(lambda leaf: share[0] * leaf, model), out[None]
-        else:
-            models, out = jax.vmap(train)(*some)
-            part = jax.tree.map(lambda leaf: jnp.tensordot(share, leaf, 1), models)
-        return jax.tree.map(jnp.add, total, part), out
-
-    shapes = jax.eval_shape(lambda: train(*jax.tree.map(lambda x: x[0, 0], xs)))[0]
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, outs = lax.scan(chunk, zero, (xs, weights))
-    return total, outs.reshape(-1)[:size]
-
-
 def make_round(
     model: nn.Module,
     config: Config,
@@ -141,6 +107,9 @@ def make_round(
     apply = model.apply
     judged = config.keep_best or config.warmup == "until_cap"
 
+    def judge(owner: Params, data: FederatedData) -> jax.Array:
+        return evaluate.accuracy(apply, owner, *_judging_split(data, config), config.eval_batch)
+
     def init(key: jax.Array) -> RoundState:
         params = model.init(key, jnp.zeros((1, *config.image_shape)))["params"]
         return RoundState(
@@ -162,9 +131,9 @@ def make_round(
             warming |= ~state.warmed
 
         # a_t, b_t, s_t
-        cohort = jax.random.permutation(keys.stream(key, "groups"), config.num_clients)
-        cohort = cohort[: config.cohort].astype(jnp.int32)
-        counts = data.counts[cohort]
+        order = jax.random.permutation(keys.stream(key, "groups"), config.num_clients)
+        clients = order[: config.cohort].astype(jnp.int32)
+        counts = data.counts[clients]
         borrowed = aggregate.borrowed_counts(keys.stream(key, "server"), data.counts, config)
 
         # σ and ξ
@@ -205,8 +174,8 @@ def make_round(
         weights = aggregate.shares(counts)
         if config.cancellation == "reweight":
             weights = jnp.where(warming, weights, aggregate.halves(weights, signs))
-        average, local_accuracy = _weighted_sum_over_clients(
-            train, (cohort, signs), weights, config.clients_at_once
+        average, local_accuracy = cohort.weighted_sum(
+            train, (clients, signs), weights, config.clients_at_once
         )
 
         # G and W
@@ -216,26 +185,29 @@ def make_round(
         owner = _select(warming, average, candidate)
         accuracy = state.owner_accuracy
         if judged:
-            accuracy = evaluate.accuracy(
-                apply, owner, *_judging_split(data, config), config.eval_batch
-            )
+            accuracy = judge(owner, data)
         if config.keep_best:
-            kept = ~warming & ~(accuracy >= state.owner_accuracy)
-            owner = _select(kept, state.owner, owner)
-            accuracy = jnp.where(kept, state.owner_accuracy, accuracy)
+            best = lax.cond(
+                state.owner_accuracy < 0,
+                lambda: judge(state.owner, data),
+                lambda: state.owner_accuracy,
+            )
+            kept = ~warming & ~(accuracy >= best)
+            owner, accuracy = _select(kept, (state.owner, best), (owner, accuracy))
         new_base = owner if config.next_base == "owner" else average
 
         shipped = calibration.feasible | (config.on_infeasible == "ship")
+        accuracy = jnp.where(shipped, accuracy, state.owner_accuracy)
         new = RoundState(
             round=t,
             owner=_select(shipped, owner, state.owner),
             base=_select(shipped, new_base, base),
-            owner_accuracy=jnp.where(shipped, accuracy, state.owner_accuracy),
+            owner_accuracy=accuracy,
             warmed=state.warmed | (accuracy > hyper.cap),
             carry=carry,
         )
         info = RoundInfo(
-            clients=cohort,
+            clients=clients,
             signs=signs,
             server_counts=borrowed,
             protected=~warming,

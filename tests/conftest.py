@@ -1,0 +1,64 @@
+"""Strict settings for all tests, and the tiny federation that several of them run on."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import noisefl
+from noisefl.models import Conv, max_pool
+
+jax.config.update("jax_legacy_prng_key", "error")  # typed keys only
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_settings():
+    """A test that changes JAX's global settings must put them back."""
+    before = dict(jax.config.values)
+    yield
+    after = dict(jax.config.values)
+    assert {k: v for k, v in after.items() if before.get(k) != v} == {}
+
+
+class TinyCNN(nn.Module):
+    """One convolution and one dense layer, 3 classes: 137 parameters on 6 × 6 images."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(max_pool(Conv(4, 3, name="conv1")(x)))
+        return nn.Dense(3, name="dense1")(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> nn.Module:
+    return TinyCNN()
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> noisefl.FederatedData:
+    """6 ragged clients of 6 × 6 images whose class is the brightest third of the columns."""
+    rng = np.random.default_rng(5)
+
+    def split(size: int) -> tuple[jax.Array, jax.Array]:
+        labels = rng.integers(0, 3, size).astype(np.int32)
+        images = rng.integers(0, 120, (size, 6, 6, 1)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 2 * label : 2 * label + 2] += 100
+        return jnp.asarray(images), jnp.asarray(labels)
+
+    counts = np.array([9, 5, 7, 3, 8, 6], np.int32)
+    table, start = np.zeros((6, 9), np.int32), 0
+    for row, count in zip(table, counts, strict=True):
+        row[:count] = np.arange(start, start + count)
+        start += count
+    return noisefl.FederatedData(
+        *split(start), jnp.asarray(table), jnp.asarray(counts), *split(21), *split(34)
+    )
