@@ -45,6 +45,10 @@ def nearest(value: str, choices: tuple[str, ...] | list[str]) -> str:
     )
 
 
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Static options: a new value is a new compiled program.
@@ -61,8 +65,8 @@ class Config:
       momentum: local SGD carries a momentum buffer (`Hyper.momentum`); off by default.
       clipping: local gradients are clipped to the global norm `Hyper.clip_norm`; off by default.
       noise_layers: which layers carry ξ: "first" (the first convolution; in a model without one,
-        the first dense layer), "last", "all", or a regular expression that must match a whole
-        layer path or parameter path, e.g. "conv2" or "dense.*/kernel".
+        the first dense layer), "last", "all" (that own a kernel), or a regular expression that must
+        match a whole layer path or parameter path, e.g. "conv2" or "dense.*/kernel".
       noise_parameters: "kernel+bias" or "kernel" of those layers.
       noise_scale: "absolute": ξ ~ N(0, σ²); "relative": ξ ~ N(0, (r·RMS)²), RMS that of the
         noised parameters of each layer. `Hyper.strength` and its kin are then r, not σ.
@@ -122,11 +126,16 @@ class Config:
             if getattr(self, name) not in choices:
                 raise refuse(name, getattr(self, name), nearest(str(getattr(self, name)), choices))
         for name in ("num_clients", "local_epochs", "batch_size", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise refuse(name, getattr(self, name), "must be at least 1")
+            if not _whole(getattr(self, name), least=1):
+                raise refuse(name, getattr(self, name), "must be a whole number, at least 1")
         for name in ("clients_at_once", "local_test_size", "server_clients"):
-            if (getattr(self, name) or 0) < 0:
-                raise refuse(name, getattr(self, name), "must not be negative")
+            value = getattr(self, name)
+            if not (_whole(value, least=0) or (name == "server_clients" and value is None)):
+                raise refuse(name, value, "must be a whole number, not negative")
+        if len(self.image_shape) != 3 or not all(_whole(n, least=1) for n in self.image_shape):
+            raise refuse("image_shape", self.image_shape, "must be (height, width, channels)")
+        if self.redraw == "rescale" and self.calibrator == "fixed":
+            raise refuse("redraw", self.redraw, "needs a loop: calibrator additive or geometric")
         if not 0 < self.client_fraction <= 1:
             raise refuse("client_fraction", self.client_fraction, "must be in (0, 1]")
         if self.sampled < 2:
@@ -228,7 +237,12 @@ def check_hyper(hyper: Hyper, config: Config) -> Hyper:
       ValueError: one line that names the field, its value and what is allowed.
     """
     for name, (low, high, allowed) in _BOUNDS.items():
-        value = np.asarray(getattr(hyper, name), np.float64)
+        given = np.asarray(getattr(hyper, name), np.float64)
+        if name in COUNTS and np.any(given != np.floor(given)):
+            raise refuse(name, getattr(hyper, name), "must be a whole number")
+        # Judged as the round will see it: 1e-50 is 0 in float32, and 1e39 infinite.
+        with np.errstate(over="ignore"):
+            value = given if name in COUNTS else given.astype(np.float32)
         above = value >= low if name in _CLOSED_BELOW else value > low
         below = value <= high if name in _CLOSED_ABOVE else value < high
         if not np.all(above & below):
@@ -240,8 +254,6 @@ def check_hyper(hyper: Hyper, config: Config) -> Hyper:
         raise refuse("cap_margin", hyper.cap_margin, _BOUNDS["cap_margin"][2])
     if config.calibrator == "geometric" and np.any(strength <= 0):
         raise refuse("strength", hyper.strength, "must be positive with calibrator='geometric'")
-    if config.redraw == "rescale" and config.calibrator == "fixed":
-        raise refuse("redraw", config.redraw, "needs a loop: calibrator 'additive' or 'geometric'")
     return as_arrays(hyper)
 
 

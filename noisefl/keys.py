@@ -4,11 +4,19 @@ import zlib
 
 import jax
 
+from noisefl.config import refuse
+
 # A purpose's number is a hash of its name, so adding one never shifts the randomness of another.
 
 
 def root(seed: int) -> jax.Array:
-    """The root key of a run."""
+    """The root key of a run.
+
+    Raises:
+      ValueError: a seed outside 0 … 2³² − 1, which would share its randomness with one inside.
+    """
+    if not 0 <= seed < 2**32:
+        raise refuse("seed", seed, "must be 0 to 4294967295")
     return jax.random.key(seed)
 
 

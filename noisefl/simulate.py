@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 
 from noisefl import evaluate, keys, noise
-from noisefl.config import Config, Hyper, as_arrays
+from noisefl.config import Config, Hyper, as_arrays, refuse
 from noisefl.data import FederatedData
 from noisefl.rounds import Round, RoundInfo, RoundState
 
@@ -21,7 +21,8 @@ class Metrics:
     """What is recorded of one round; in a chunk every field has a leading axis [R].
 
     Accuracies are shares of the whole split. The shared copies are those distributed in the round,
-    before training; owner and base are those after it.
+    before training (with `shipped` false: those that would have been, had the cap held); owner and
+    base are those after it.
     """
 
     round: jax.Array  # int32
@@ -127,7 +128,12 @@ def make_simulation(
       A jitted function (key, state, data, hyper, last_round int32 []) → (state, Metrics [R]). Round
       t uses the key stream ("round", t) of `key`. Rounds past `last_round` are not run; their rows
       are zero. The state is donated: it must not be used again.
+
+    Raises:
+      ValueError: `rounds_per_chunk` below 1.
     """
+    if rounds_per_chunk < 1:
+        raise refuse("rounds_per_chunk", rounds_per_chunk, "must be at least 1")
 
     def simulation(key, state, data, hyper, last_round):
         def run(state: RoundState) -> tuple[RoundState, Metrics]:

@@ -72,13 +72,17 @@ def test_a_typo_is_named():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("num_clients", 0, "must be at least 1"),
-        ("local_epochs", 0, "must be at least 1"),
-        ("batch_size", 0, "must be at least 1"),
-        ("eval_batch", -1, "must be at least 1"),
-        ("clients_at_once", -1, "must not be negative"),
-        ("local_test_size", -1, "must not be negative"),
-        ("server_clients", -1, "must not be negative"),
+        ("num_clients", 0, "must be a whole number, at least 1"),
+        ("local_epochs", 0, "must be a whole number, at least 1"),
+        ("batch_size", 0, "must be a whole number, at least 1"),
+        ("eval_batch", -1, "must be a whole number, at least 1"),
+        ("clients_at_once", -1, "must be a whole number, not negative"),
+        ("local_test_size", -1, "must be a whole number, not negative"),
+        ("server_clients", -1, "must be a whole number, not negative"),
+        ("server_clients", 2.5, "must be a whole number, not negative"),
+        ("batch_size", 2.5, "must be a whole number, at least 1"),
+        ("image_shape", (28, 28), "must be (height, width, channels)"),
+        ("image_shape", (0, 28, 1), "must be (height, width, channels)"),
         ("client_fraction", 0.0, "must be in (0, 1]"),
         ("client_fraction", 1.001, "must be in (0, 1]"),
         ("client_fraction", math.nan, "must be in (0, 1]"),
@@ -181,8 +185,22 @@ def test_choices_that_exclude_each_other():
     message = hyper_refusal(Config(calibrator="geometric"), strength=0.0)
     assert message == "strength=0.0: must be positive with calibrator='geometric'"
     check_hyper(Hyper(strength=0.1), Config(calibrator="geometric"))
-    message = hyper_refusal(Config(calibrator="fixed", redraw="rescale"))
-    assert message.startswith("redraw='rescale': needs a loop")
+    with pytest.raises(ValueError, match="redraw='rescale': needs a loop"):
+        Config(calibrator="fixed", redraw="rescale")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 1e-50),
+        ("strength_max", 1e39),
+        ("strength_factor", 1 + 1e-9),
+        ("max_tries", 1.5),
+    ],
+)
+def test_numbers_are_judged_as_the_round_sees_them(name, value):
+    """Each is in range as a Python number, and not once it is a float32 or a count."""
+    assert hyper_refusal(Config(), **{name: value}).startswith(f"{name}={value}: must be")
 
 
 def test_numbers_of_any_kind_become_one_signature():

@@ -112,3 +112,9 @@ def test_only_this_module_makes_and_folds_keys():
 def test_seeds_differ(seeds):
     first, second = (data(keys.root(seed)) for seed in seeds)
     assert first != second
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_seed_that_would_repeat_another_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed={seed}: must be 0 to 4294967295"):
+        keys.root(seed)

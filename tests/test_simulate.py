@@ -243,3 +243,10 @@ def test_no_tracer_leaks(parts, tiny_data):
     round_, _, _, init = parts
     with jax.checking_leaks():
         jax.make_jaxpr(round_.step)(KEY, init(KEY), tiny_data, HYPER)
+
+
+def test_an_empty_chunk_is_refused(tiny_model):
+    """It would never reach the last round."""
+    round_ = make_round(tiny_model, CONFIG)
+    with pytest.raises(ValueError, match="rounds_per_chunk=0: must be at least 1"):
+        simulate.make_simulation(round_, tiny_model, CONFIG, 0)

@@ -8,8 +8,8 @@ from flax import linen as nn
 
 
 class Layer(NamedTuple):
-    """A module that owns parameters itself: its path in the parameter tree, and whether it is a
-    convolution (its kernel has more than two axes)."""
+    """A module that owns a kernel: its path in the parameter tree, and whether the kernel has more
+    than two axes, by which a convolution is told from a dense layer."""
 
     path: tuple[str, ...]
     convolution: bool
