@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from noisefl.config import Config, refuse
-from noisefl.models.order import Layer, layers
+from noisefl.models.order import Layer, layer_order
 
 Params = Any
 Path = tuple[str, ...]
@@ -46,7 +46,7 @@ def target(model: nn.Module, config: Config) -> tuple[Path, ...]:
     Raises:
       ValueError: `noise_layers` is no valid expression, or no parameter matches.
     """
-    found = layers(model, config.image_shape)
+    found = layer_order(model, config.image_shape)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *config.image_shape)))[
         "params"
     ]

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from noisefl import models
-from noisefl.models import MODELS, Conv, Layer, layers, max_pool
+from noisefl.models import MODELS, Conv, Layer, layer_order, max_pool
 
 MNIST = (28, 28, 1)
 SMALL = (12, 12, 1)  # the smallest on which LeNet-5 still has something to convolve
@@ -153,7 +153,7 @@ def test_same_key_same_parameters(name):
     ],
 )
 def test_layers_of_the_models(name, expected):
-    found = layers(models.by_name(name, 10), MNIST)
+    found = layer_order(models.by_name(name, 10), MNIST)
     assert " ".join(".".join(path) + "*" * convolution for path, convolution in found) == expected
 
 
@@ -180,7 +180,7 @@ class Backwards(nn.Module):
 
 
 def test_layers_are_in_call_order():
-    assert layers(Backwards(), (4, 4, 1)) == (
+    assert layer_order(Backwards(), (4, 4, 1)) == (
         Layer(("z_conv",), True),
         Layer(("x_conv",), True),
         Layer(("m_inner", "late"), False),

@@ -12,27 +12,45 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def patches(images: jax.Array, size: int, padding: str) -> jax.Array:
-    """All size × size windows of images, stride 1.
+def windows(images: jax.Array, size: int, padding: str) -> list[jax.Array]:
+    """The size · size shifts of images whose entries at one place are the window there, stride 1.
 
     Args:
       images: [B, H, W, Ch].
-      size: edge of a window, odd when padding is "SAME".
+      size: edge of a window.
       padding: "SAME" (zeros around the image) or "VALID".
 
     Returns:
-      [B, H', W', size·size·Ch], the window's entries in the order of a kernel [size, size, Ch].
+      Arrays [B, H', W', Ch] in the order of a kernel [size, size].
     """
     if padding == "SAME":
-        border = (size // 2, (size - 1) // 2)
-        images = jnp.pad(images, ((0, 0), border[::-1], border[::-1], (0, 0)))
+        border = ((size - 1) // 2, size // 2)
+        images = jnp.pad(images, ((0, 0), border, border, (0, 0)))
     height, width = images.shape[1] - size + 1, images.shape[2] - size + 1
-    windows = [
+    return [
         images[:, row : row + height, column : column + width]
         for row in range(size)
         for column in range(size)
     ]
-    return jnp.concatenate(windows, axis=-1)
+
+
+def convolve(images: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
+    """2-D convolution, stride 1, as one matrix product: [B, H, W, Ch] to [B, H', W', O].
+
+    Args:
+      images: [B, H, W, Ch].
+      kernel: [size, size, Ch, O].
+      padding: "SAME" or "VALID".
+    """
+    shifts = windows(images, kernel.shape[0], padding)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    if images.shape[-1] == 1:
+        # Single numbers side by side are slow to write. Whole images one after another are not,
+        # and the few output channels become the short side of a long product.
+        out = matrix.T @ jnp.stack(shifts).reshape(len(shifts), -1)
+        return jnp.moveaxis(out.reshape(-1, *shifts[0].shape[:3]), 0, -1)
+    out = jnp.concatenate(shifts, axis=-1).reshape(-1, len(matrix)) @ matrix
+    return out.reshape(*shifts[0].shape[:3], -1)
 
 
 class Conv(nn.Module):
@@ -55,9 +73,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        windows = patches(x, self.size, self.padding)
-        out = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, self.features)
-        return out.reshape(*windows.shape[:-1], self.features) + bias
+        return convolve(x, kernel, self.padding) + bias
 
 
 def max_pool(x: jax.Array) -> jax.Array:

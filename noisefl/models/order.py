@@ -15,7 +15,7 @@ class Layer(NamedTuple):
     convolution: bool
 
 
-def layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
+def layer_order(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
     """The layers that own a kernel, in call order.
 
     The parameter tree itself cannot tell: JAX sorts its keys, so that "classifier" would come
