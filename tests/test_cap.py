@@ -19,7 +19,7 @@ BASE = Config(
     eval_batch=8,
 )
 # Few tries and a small step, so that some rounds reach the cap and others do not.
-HYPER = Hyper(learning_rate=0.5, cap=0.5, strength=1.0, strength_step=1.0, max_tries=3)
+HYPER = Hyper(learning_rate=0.5, cap=0.5, strength_step=1.0, max_tries=3)
 CASES = {
     "additive": {},
     "geometric": {"calibrator": "geometric"},
@@ -34,7 +34,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_feasible_is_the_cap_on_the_judging_split(case, tiny_model, tiny_data):
     config = dataclasses.replace(BASE, **CASES[case])
-    hyper = check_hyper(HYPER, config)
+    strength = 2.5 if case == "fixed" else 1.0
+    hyper = check_hyper(dataclasses.replace(HYPER, strength=strength), config)
     round_ = make_round(tiny_model, config)
     simulation = simulate.make_simulation(round_, tiny_model, config, 1)
     step = jax.jit(round_.step)
