@@ -49,6 +49,15 @@ READINGS: dict[str, tuple[str, ...]] = {
     "keep-best": (*CHEAP, "--keep_best"),
     "gradient clipping 1": (*CHEAP, "--clip_norm=1"),
     "learning rate x 0.9 a round": (*CHEAP, "--learning_rate_decay=0.9"),
+    # The best of the above on the first convolution, put together.
+    "rate 0.03, 60 tries": (*CHEAP, "--learning_rate=0.03", "--max_tries=60"),
+    "rate 0.03, 60 tries, keep-best, m server-side": (
+        *CHEAP,
+        "--learning_rate=0.03",
+        "--max_tries=60",
+        "--keep_best",
+        "--server_clients=m",
+    ),
 }
 
 HEADINGS = (
@@ -91,6 +100,8 @@ def row(name: str, folders: list[Path]) -> list[str]:
     done, tries, owners = [], [], []
     for folder in folders:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if not rows or rows[-1]["run"] != "noise":
+            return [name, f"{folder} has no noise run", *[""] * (len(HEADINGS) - 2)]
         done.append(summarise(rows, cap=0.6, num_classes=10, compile_seconds=None))
         tries += [record["calibration_tries"] for record in rows if record["protected"]]
         last = rows[-1]
