@@ -5,13 +5,13 @@ from typing import Any
 
 from noisefl.config import CHOICES
 from noisefl.data import SCHEMES
-from noisefl.models import MODELS
+from noisefl.models import LOWERINGS, MODELS
 
 HELP_FLAGS = ("help", "helpshort", "helpfull")
 WIDTH = 100
 COLUMN = 34
 
-_CHOICES = {**CHOICES, "partition": SCHEMES, "model": tuple(MODELS)}
+_CHOICES = {**CHOICES, **LOWERINGS, "partition": SCHEMES, "model": tuple(MODELS)}
 
 GROUPS: dict[str, dict[str, str]] = {
     "Data": {
@@ -68,14 +68,21 @@ GROUPS: dict[str, dict[str, str]] = {
         "cancellation": "noise is left in, subtracted, or the groups reweighted to ½ and ½",
         "keep_best": "the owner is replaced only if it validates no worse",
     },
+    "Speed (auto: the measured best of the backend)": {
+        "clients_at_once": "clients trained side by side; 0: all of a round [clients]",
+        "eval_batch": "images in one forward pass of an evaluation [images]",
+        "gather": "a client's images are fetched each step, or at once",
+        "conv": "lowering of convolutions",
+        "pool": "gradient of max pooling",
+        "dense": "gradient of dense kernels",
+        "precision": "of matrix products; default is JAX's for the backend",
+    },
     "Run and output": {
         "out": "folder for config, metrics, summary and figure; none: results/<preset>",
         "resume": "go on with the run in --out",
         "rounds_per_chunk": "rounds in one call of the device; more is faster on a GPU [rounds]",
         "checkpoint_every": "rounds between checkpoints, at ends of chunks [rounds]",
         "local_test_size": "test images for clients' own models; 0: all [images]",
-        "eval_batch": "images in one forward pass of an evaluation [images]",
-        "clients_at_once": "clients trained side by side; 0: all of a round [clients]",
         "compilation_cache": "folder of compiled programs, auto: in the user's cache, or off",
     },
 }

@@ -17,7 +17,7 @@ from absl import flags
 from experiments import helppage
 from noisefl.config import Config, Hyper, check_hyper, nearest, refuse
 from noisefl.data import SCHEMES, federate
-from noisefl.models import MODELS
+from noisefl.models import MODELS, Lowering
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "quickstart"
@@ -30,6 +30,9 @@ FEDERATE = {
     "size_sigma": "size_sigma",
     "validation_size": "validation_size",
 }
+
+
+AUTOMATIC = ("clients_at_once", "eval_batch")  # a number, or "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Options:
 
     Attributes:
       config: static options; its image_shape is that of the data set only after loading.
+      lowering: of the model's layers.
       hyper: checked numbers.
       driver: the driver's own; `out` is filled in.
       federation: keyword arguments of `federate`, num_clients and seed among them.
@@ -66,6 +70,7 @@ class Options:
     """
 
     config: Config
+    lowering: Lowering
     hyper: Hyper
     driver: Driver
     federation: dict[str, Any]
@@ -80,12 +85,14 @@ def defaults() -> dict[str, Any]:
         **{field.name: field.default for field in dataclasses.fields(Driver)},
         **{flag: signature[name].default for flag, name in FEDERATE.items()},
         **{field.name: field.default for field in dataclasses.fields(Config)},
+        **{field.name: field.default for field in dataclasses.fields(Lowering)},
         **{field.name: field.default for field in dataclasses.fields(Hyper)},
     }
     for name in ("image_shape", "clipping"):
         del values[name]
     # A number stands for the switch as well.
-    return {**values, "momentum": 0.0, "clip_norm": 0.0, "server_clients": "m/2"}
+    numbers = {"momentum": 0.0, "clip_norm": 0.0, "server_clients": "m/2"}
+    return {**values, **numbers, **dict.fromkeys(AUTOMATIC, "auto")}
 
 
 def define() -> flags.FlagValues:
@@ -150,6 +157,9 @@ def from_flags(given: dict[str, Any]) -> Options:
         if not 0 <= given[name] < math.inf:
             raise refuse(name, given[name], "must not be negative; 0 turns it off")
 
+    for name in AUTOMATIC:
+        given[name] = _number(name, given[name])
+    lowering = Lowering(**{f.name: given[f.name] for f in dataclasses.fields(Lowering)})
     fields = {field.name for field in dataclasses.fields(Config)}
     chosen = {name: value for name, value in given.items() if name in fields}
     switches = {"momentum": given["momentum"] > 0, "clipping": given["clip_norm"] > 0}
@@ -165,6 +175,7 @@ def from_flags(given: dict[str, Any]) -> Options:
     given["server_clients"] = server_clients
     return Options(
         config=config,
+        lowering=lowering,
         hyper=hyper,
         driver=Driver(**{f.name: given[f.name] for f in dataclasses.fields(Driver)}),
         federation={
@@ -221,6 +232,15 @@ def _find_preset(name: str) -> Path:
         return preset
     known = preset_names()
     raise refuse("flagfile", name, f"{nearest(name.removesuffix('.flags'), known)}, or a file")
+
+
+def _number(name: str, text: Any) -> int | None:
+    """None for "auto"; what else is allowed is the config's to say."""
+    if text in ("auto", None):
+        return None
+    if re.fullmatch(r"-?\d+", str(text)) is None:
+        raise refuse(name, text, "must be a whole number, or auto")
+    return int(text)
 
 
 def _server_clients(text: str, sampled: int) -> int:

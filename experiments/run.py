@@ -102,7 +102,7 @@ def prepare(options: Options) -> Experiment:
     except ValueError as error:
         raise ValueError(in_flags(str(error))) from None
     config = dataclasses.replace(options.config, image_shape=dataset.train_images.shape[1:])
-    model = by_name(driver.model, dataset.num_classes)
+    model = by_name(driver.model, dataset.num_classes, options.lowering)
     try:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *config.image_shape)))
     except (ValueError, TypeError, ZeroDivisionError):

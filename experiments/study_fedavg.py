@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from noisefl import Config, Hyper, check_hyper, evaluate, fedavg, federate, keys, load, make_round
+from noisefl import (
+    Config,
+    Hyper,
+    check_hyper,
+    evaluate,
+    fedavg,
+    federate,
+    keys,
+    load,
+    make_round,
+    strategy,
+)
 from noisefl.models import by_name
 
 _OUT = flags.DEFINE_string("out", "results/fedavg", "folder of the results")
@@ -36,7 +47,7 @@ def main(argv: list[str]) -> None:
     step = jax.jit(round_.step)
     accuracy = jax.jit(
         lambda params, images, labels: evaluate.accuracy(
-            model.apply, params, images, labels, config.eval_batch
+            model.apply, params, images, labels, strategy.eval_batch(config)
         )
     )
     dataset = load("mnist")

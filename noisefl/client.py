@@ -75,6 +75,7 @@ def update(
     labels: jax.Array,
     samples: jax.Array,
     valid: jax.Array,
+    gather: str = "step",
 ) -> Params:
     """Trains `params` on the given batches, one optimizer step each.
 
@@ -85,23 +86,35 @@ def update(
       images: uint8 [N, H, W, Ch], all clients'.
       labels: int32 [N].
       samples: int32 [S, B], indices into images.
-      valid: bool [S, B]; a step without a valid sample changes nothing.
+      valid: bool [S, B]; a step without a valid sample is not computed (under vmap: computed
+        while any client of its chunk has a step left, and changes nothing).
+      gather: "step" fetches a batch's images when its step comes; "client" all of them first.
 
     Returns:
       The client's model after local training.
     """
 
-    def loss(params: Params, index: jax.Array, mask: jax.Array) -> jax.Array:
-        logits = apply({"params": params}, evaluate.scale(images[index]))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
+    def loss(params: Params, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        logits = apply({"params": params}, evaluate.scale(images))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)
 
-    def step(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        params, state = carry
-        index, mask = batch
-        updates, new_state = optimizer.update(jax.grad(loss)(params, index, mask), state, params)
-        new = (optax.apply_updates(params, updates), new_state)
-        return jax.tree.map(lambda n, o: jnp.where(jnp.any(mask), n, o), new, carry), None
+    # Steps with data come first: the loop can then end with the last of them.
+    some = jnp.any(valid, axis=1)
+    order = jnp.argsort(~some, stable=True)
+    samples, valid = samples[order], valid[order]
+    fetched = (images[samples], labels[samples]) if gather == "client" else None
 
-    (params, _), _ = lax.scan(step, (params, optimizer.init(params)), (samples, valid))
-    return params
+    def step(index: jax.Array, carry: Any) -> Any:
+        params, state = carry
+        if fetched is None:
+            batch = images[samples[index]], labels[samples[index]]
+        else:
+            batch = fetched[0][index], fetched[1][index]
+        updates, state = optimizer.update(
+            jax.grad(loss)(params, *batch, valid[index]), state, params
+        )
+        return optax.apply_updates(params, updates), state
+
+    steps = jnp.sum(some, dtype=jnp.int32)
+    return lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "next_base": ("base", "owner"),
     "cancellation": ("pair", "subtract", "reweight"),
     "accuracy_on": ("validation", "test"),
+    "gather": ("auto", "step", "client"),
 }
 
 
@@ -88,10 +89,13 @@ class Config:
       accuracy_on: the split on which the cap, `keep_best` and `warmup="until_cap"` are judged:
         "validation" (disjoint from test), or "test" as the source probably did.
       clients_at_once: how many clients train side by side (vmap); 1 maps them one by one, 0 is
-        all. Changes speed and memory, and results only in the last bits.
+        all, None the best of the backend (`strategy`). Changes speed and memory, and results only
+        in the last bits; so do gather and eval_batch.
+      gather: a client's images are fetched batch by batch, each "step", or all at once, a
+        "client"; "auto" is the best of the backend.
       local_test_size: test images on which each client's own model is scored after local
         training (the first ones in test order); 0 is all of them.
-      eval_batch: images a forward pass in evaluation.
+      eval_batch: images a forward pass in evaluation; None is the best of the backend.
     """
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
@@ -117,20 +121,23 @@ class Config:
     cancellation: str = "pair"
     keep_best: bool = False
     accuracy_on: str = "validation"
-    clients_at_once: int = 1
+    clients_at_once: int | None = None
+    gather: str = "auto"
     local_test_size: int = 1000
-    eval_batch: int = 50
+    eval_batch: int | None = None
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise refuse(name, getattr(self, name), nearest(str(getattr(self, name)), choices))
+        automatic = ("clients_at_once", "eval_batch", "server_clients")
         for name in ("num_clients", "local_epochs", "batch_size", "eval_batch"):
-            if not _whole(getattr(self, name), least=1):
-                raise refuse(name, getattr(self, name), "must be a whole number, at least 1")
+            value = getattr(self, name)
+            if not (_whole(value, least=1) or (name in automatic and value is None)):
+                raise refuse(name, value, "must be a whole number, at least 1")
         for name in ("clients_at_once", "local_test_size", "server_clients"):
             value = getattr(self, name)
-            if not (_whole(value, least=0) or (name == "server_clients" and value is None)):
+            if not (_whole(value, least=0) or (name in automatic and value is None)):
                 raise refuse(name, value, "must be a whole number, not negative")
         if len(self.image_shape) != 3 or not all(_whole(n, least=1) for n in self.image_shape):
             raise refuse("image_shape", self.image_shape, "must be (height, width, channels)")

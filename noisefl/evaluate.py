@@ -16,12 +16,49 @@ def scale(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
+def in_batches(one: Callable[..., Any], inputs: tuple[jax.Array, ...], batch: int) -> Any:
+    """`one(*inputs)` over inputs [N, …] in slices of `batch`; the last may be smaller.
+
+    Returns:
+      An array [N, …].
+    """
+    size = inputs[0].shape[0]
+    batch = min(batch, size)
+    whole = size // batch * batch
+    batched = [x[:whole].reshape(-1, batch, *x.shape[1:]) for x in inputs]
+    out = lax.map(lambda xs: one(*xs), tuple(batched))
+    out = out.reshape(-1, *out.shape[2:])
+    if whole == size:
+        return out
+    return jnp.concatenate([out, one(*(x[whole:] for x in inputs))])
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool [B]: the largest logit is that of the label.
+
+    A row with a NaN logit counts as wrong, so that a dead model never looks better than chance.
+    """
+    return (jnp.argmax(logits, axis=-1) == labels) & ~jnp.any(jnp.isnan(logits), axis=-1)
+
+
+def count(
+    forward: Callable[..., jax.Array],
+    inputs: tuple[jax.Array, ...],
+    labels: jax.Array,
+    batch: int,
+) -> jax.Array:
+    """Number of correct images, int32 []; `forward(*inputs)` gives logits of a slice of inputs."""
+
+    def right(*slices: jax.Array) -> jax.Array:
+        return correct(forward(*slices[:-1]), slices[-1])
+
+    return jnp.sum(in_batches(right, (*inputs, labels), batch), dtype=jnp.int32)
+
+
 def count_correct(
     apply: Apply, params: Params, images: jax.Array, labels: jax.Array, batch: int
 ) -> jax.Array:
-    """Number of images whose largest logit is that of their label.
-
-    A row with a NaN logit counts as wrong, so that a dead model never looks better than chance.
+    """Number of images whose largest logit is that of their label (`correct`).
 
     Args:
       apply: `model.apply`.
@@ -33,30 +70,22 @@ def count_correct(
     Returns:
       int32 [].
     """
-    size = labels.shape[0]
-    batch = min(batch, size)
-    whole = size // batch * batch
+    return count(lambda x: apply({"params": params}, scale(x)), (images,), labels, batch)
 
-    def correct(images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = apply({"params": params}, scale(images))
-        right = (jnp.argmax(logits, axis=-1) == labels) & ~jnp.any(jnp.isnan(logits), axis=-1)
-        return jnp.sum(right, dtype=jnp.int32)
 
-    batched = jax.tree.map(lambda x: x[:whole].reshape(-1, batch, *x.shape[1:]), (images, labels))
-    total = jnp.sum(lax.map(lambda pair: correct(*pair), batched))
-    return total if whole == size else total + correct(images[whole:], labels[whole:])
+def share(count: jax.Array, size: int) -> jax.Array:
+    """count / size as the float32 nearest to it, so that a copy exactly at the cap is not above it.
+
+    XLA turns a division by a constant into a product with its reciprocal, which rounds twice.
+    """
+    return count / lax.optimization_barrier(jnp.float32(size))
 
 
 def accuracy(
     apply: Apply, params: Params, images: jax.Array, labels: jax.Array, batch: int
 ) -> jax.Array:
-    """Share of correct images, float32 []; arguments as for `count_correct`.
-
-    It is the float32 nearest to count / N, so that a copy exactly at the cap is not above it.
-    """
-    # XLA turns a division by a constant into a product with its reciprocal, which rounds twice.
-    size = lax.optimization_barrier(jnp.float32(labels.shape[0]))
-    return count_correct(apply, params, images, labels, batch) / size
+    """Share of correct images, float32 []; arguments as for `count_correct`."""
+    return share(count_correct(apply, params, images, labels, batch), labels.shape[0])
 
 
 def is_finite(params: Params) -> jax.Array:

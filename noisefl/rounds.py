@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from noisefl import aggregate, calibrate, client, cohort, evaluate, keys, noise
+from noisefl import aggregate, calibrate, client, cohort, evaluate, keys, noise, split, strategy
 from noisefl.calibrate import Calibration, Calibrator, Probe, Reading
 from noisefl.config import Config, Hyper, refuse
 from noisefl.data import FederatedData
@@ -63,16 +63,20 @@ class Round(NamedTuple):
 
 
 def _probe(
-    apply: evaluate.Apply, base: Params, paths: Any, data: FederatedData, config: Config
+    model: nn.Module,
+    cut: split.Split | None,
+    base: Params,
+    paths: Any,
+    data: FederatedData,
+    config: Config,
 ) -> Probe:
     images, labels = _judging_split(data, config)
+    batch = strategy.eval_batch(config)
+    accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
 
     def accuracy(draw: noise.Draw, strength: jax.Array) -> Reading:
         xi = noise.scaled(base, draw, strength, config.noise_scale)
-        plus, minus = (
-            evaluate.accuracy(apply, noise.apply(base, xi, sign), images, labels, config.eval_batch)
-            for sign in (1, -1)
-        )
+        plus, minus = (accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1))
         return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
 
     return Probe(lambda key: noise.draw(key, base, paths, config.noise_distribution), accuracy)
@@ -105,10 +109,12 @@ def make_round(
     calibrator = calibrator or calibrate.from_config(config)
     signs = jnp.asarray(np.repeat([1.0, -1.0], config.groups), jnp.float32)
     apply = model.apply
+    cut = split.at(model, paths, config.image_shape)
+    batch = strategy.eval_batch(config)
     judged = config.keep_best or config.warmup == "until_cap"
 
     def judge(owner: Params, data: FederatedData) -> jax.Array:
-        return evaluate.accuracy(apply, owner, *_judging_split(data, config), config.eval_batch)
+        return evaluate.accuracy(apply, owner, *_judging_split(data, config), batch)
 
     def init(key: jax.Array) -> RoundState:
         params = model.init(key, jnp.zeros((1, *config.image_shape)))["params"]
@@ -137,14 +143,18 @@ def make_round(
         borrowed = aggregate.borrowed_counts(keys.stream(key, "server"), data.counts, config)
 
         # σ and ξ
-        probe = _probe(apply, base, paths, data, config)
-        calibration, carry = lax.cond(
-            warming,
-            lambda: (calibrate.no_noise(probe), state.carry),
-            lambda: calibrator.calibrate(
-                keys.stream(key, "calibration"), base, probe, hyper, state.carry
-            ),
-        )
+        def without() -> tuple[Calibration, Any]:
+            shapes = jax.eval_shape(
+                lambda key: noise.draw(key, base, paths, config.noise_distribution), key
+            )
+            return calibrate.no_noise(shapes), state.carry
+
+        def calibrated() -> tuple[Calibration, Any]:
+            probe = _probe(model, cut, base, paths, data, config)
+            stream = keys.stream(key, "calibration")
+            return calibrator.calibrate(stream, base, probe, hyper, state.carry)
+
+        calibration, carry = lax.cond(warming, without, calibrated)
         xi = noise.scaled(base, calibration.draw, calibration.strength, config.noise_scale)
 
         # w_k ← ClientUpdate(k, W ± ξ)
@@ -156,8 +166,9 @@ def make_round(
             )
             samples = data.clients[k][positions]
             images, labels = data.train_images, data.train_labels
+            rule = optimizer(hyper, t)
             trained = client.update(
-                apply, optimizer(hyper, t), start, images, labels, samples, valid
+                apply, rule, start, images, labels, samples, valid, strategy.gather(config)
             )
             tested = slice(0, config.local_test_size or None)
             local_accuracy = evaluate.accuracy(
@@ -165,7 +176,7 @@ def make_round(
                 trained,
                 data.test_images[tested],
                 data.test_labels[tested],
-                config.eval_batch,
+                batch,
             )
             if config.cancellation == "subtract":
                 trained = noise.remove(trained, start, base)
@@ -175,7 +186,7 @@ def make_round(
         if config.cancellation == "reweight":
             weights = jnp.where(warming, weights, aggregate.halves(weights, signs))
         average, local_accuracy = cohort.weighted_sum(
-            train, (clients, signs), weights, config.clients_at_once
+            train, (clients, signs), weights, strategy.clients_at_once(config)
         )
 
         # G and W

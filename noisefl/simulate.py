@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from noisefl import evaluate, keys, noise
+from noisefl import evaluate, keys, noise, split, strategy
 from noisefl.config import Config, Hyper, as_arrays, refuse
 from noisefl.data import FederatedData
 from noisefl.rounds import Round, RoundInfo, RoundState
@@ -53,7 +53,7 @@ Simulation = Callable[
 
 
 def _measure(
-    apply: evaluate.Apply,
+    model: nn.Module,
     config: Config,
     base: Any,
     state: RoundState,
@@ -64,18 +64,21 @@ def _measure(
     xi = noise.scaled(base, calibration.draw, calibration.strength, config.noise_scale)
     test = data.test_images, data.test_labels
     validation = data.validation_images, data.validation_labels
+    batch = strategy.eval_batch(config)
+    cut = split.at(model, tuple(calibration.draw), config.image_shape)
 
-    def accuracy(params: Any, split: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return evaluate.accuracy(apply, params, *split, config.eval_batch)
+    def accuracy(params: Any, images_and_labels: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return evaluate.accuracy(model.apply, params, *images_and_labels, batch)
 
-    def shared(split: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        def both():
-            return (
-                accuracy(noise.apply(base, xi, 1), split),
-                accuracy(noise.apply(base, xi, -1), split),
-            )
+    def shared(images_and_labels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        def both() -> tuple[jax.Array, ...]:
+            copies = [noise.apply(base, xi, sign) for sign in (1, -1)]
+            accuracy_of = split.accuracy_of(model, cut, base, *images_and_labels, batch)
+            return tuple(accuracy_of(copy) for copy in copies)
 
-        return lax.cond(calibration.strength > 0, both, lambda: (accuracy(base, split),) * 2)
+        return lax.cond(
+            calibration.strength > 0, both, lambda: (accuracy(base, images_and_labels),) * 2
+        )
 
     plus, minus = shared(test)
     if config.accuracy_on == "validation":  # the calibrator has often measured it already
@@ -138,7 +141,7 @@ def make_simulation(
     def simulation(key, state, data, hyper, last_round):
         def run(state: RoundState) -> tuple[RoundState, Metrics]:
             new, info = round_.step(keys.stream(key, "round", state.round + 1), state, data, hyper)
-            return new, _measure(model.apply, config, state.base, new, info, data)
+            return new, _measure(model, config, state.base, new, info, data)
 
         empty = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1]

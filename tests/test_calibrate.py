@@ -247,7 +247,7 @@ def test_fixed_never_adapts(strength, kind):
 
 
 def test_no_noise():
-    result = calibrate.no_noise(make_probe(0))
+    result = calibrate.no_noise({"w": jax.ShapeDtypeStruct((1,), jnp.float32)})
     assert (result.strength, result.tries, result.evaluations, result.samples) == (0, 0, 0, 0)
     assert result.feasible
     assert np.isnan(result.plus_accuracy)

@@ -193,5 +193,5 @@ def test_layers_are_in_call_order():
 def test_an_unknown_name():
     with pytest.raises(ValueError, match=r"^model='mcmahn': must be one of .*did you mean mcmahan"):
         models.by_name("mcmahn", 10)
-    with pytest.raises(ValueError, match=r"^model='': must be one of lenet5, mcmahan, mlp$"):
+    with pytest.raises(ValueError, match=r"one of lenet5, mcmahan, mlp, two_conv$"):
         models.by_name("", 10)

@@ -355,6 +355,7 @@ def test_nan_names_the_round_and_the_cause(tiny, tmp_path, capsys, args, where, 
 def another(name: str, default) -> object:
     """A valid value that is not the default."""
     special = {"noise_layers": "last", "server_clients": 3, "strength_factor": 2.0}
+    special |= {"clients_at_once": 3, "eval_batch": 7}
     if name in special:
         return special[name]
     if name in CHOICES:

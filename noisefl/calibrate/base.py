@@ -69,11 +69,12 @@ def holds(reading: Reading, hyper: Hyper) -> jax.Array:
     return (reading.plus <= aim) & (reading.minus <= aim)
 
 
-def no_noise(probe: Probe) -> Calibration:
-    """The calibration of a round without noise: nothing tried, nothing spent."""
-    draw = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(probe.draw, jax.random.key(0)),
-    )
+def no_noise(like: Any) -> Calibration:
+    """The calibration of a round without noise: nothing tried, nothing spent.
+
+    Args:
+      like: a `Draw`, or its shapes.
+    """
     none, nan = jnp.int32(0), jnp.float32(jnp.nan)
-    return Calibration(draw, jnp.float32(0), jnp.bool_(True), nan, nan, none, none, none)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return Calibration(zero, jnp.float32(0), jnp.bool_(True), nan, nan, none, none, none)

@@ -1,31 +1,40 @@
-"""Convolution as batched matrix multiplication, and max pooling as a reduction.
+"""Convolution, dense layer and max pooling that keep the machine's GEMM rate inside a round.
 
 XLA's own convolution is slow where a federated round needs it: vmapped over clients it becomes a
-grouped convolution, and inside a loop on a CPU it loses its fast path. Patches and one matrix
-product keep the machine's GEMM rate, and vmapping them gives a batched GEMM.
+grouped convolution, and its gradient inside a loop on a CPU loses its fast path. Matrix products
+keep it, and vmapping them gives a batched GEMM.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+
+from noisefl.models import winograd
+from noisefl.models.lowering import Lowering
+from noisefl.models.product import product
 
 
-def windows(images: jax.Array, size: int, padding: str) -> list[jax.Array]:
+def pad_same(images: jax.Array, size: int) -> jax.Array:
+    """Zeros around images [B, H, W, Ch], so that `size` × `size` windows are H × W."""
+    border = ((size - 1) // 2, size // 2)
+    return jnp.pad(images, ((0, 0), border, border, (0, 0)))
+
+
+def windows(images: jax.Array, size: int) -> list[jax.Array]:
     """The size · size shifts of images whose entries at one place are the window there, stride 1.
 
     Args:
       images: [B, H, W, Ch].
       size: edge of a window.
-      padding: "SAME" (zeros around the image) or "VALID".
 
     Returns:
-      Arrays [B, H', W', Ch] in the order of a kernel [size, size].
+      Arrays [B, H − size + 1, W − size + 1, Ch] in the order of a kernel [size, size].
     """
-    if padding == "SAME":
-        border = ((size - 1) // 2, size // 2)
-        images = jnp.pad(images, ((0, 0), border, border, (0, 0)))
     height, width = images.shape[1] - size + 1, images.shape[2] - size + 1
     return [
         images[:, row : row + height, column : column + width]
@@ -34,23 +43,96 @@ def windows(images: jax.Array, size: int, padding: str) -> list[jax.Array]:
     ]
 
 
-def convolve(images: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """2-D convolution, stride 1, as one matrix product: [B, H, W, Ch] to [B, H', W', O].
-
-    Args:
-      images: [B, H, W, Ch].
-      kernel: [size, size, Ch, O].
-      padding: "SAME" or "VALID".
-    """
-    shifts = windows(images, kernel.shape[0], padding)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    if images.shape[-1] == 1:
+def by_patches(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """Convolution without padding as one matrix product of patches."""
+    shifts = windows(images, kernel.shape[0])
+    features = kernel.shape[-1]
+    matrix = kernel.reshape(-1, features)
+    if images.shape[-1] == 1 and features < 16:
         # Single numbers side by side are slow to write. Whole images one after another are not,
         # and the few output channels become the short side of a long product.
-        out = matrix.T @ jnp.stack(shifts).reshape(len(shifts), -1)
+        out: Any = product(matrix.T, jnp.stack(shifts).reshape(len(shifts), -1), precision)
         return jnp.moveaxis(out.reshape(-1, *shifts[0].shape[:3]), 0, -1)
-    out = jnp.concatenate(shifts, axis=-1).reshape(-1, len(matrix)) @ matrix
+    patches = jnp.concatenate(shifts, axis=-1).reshape(-1, len(matrix))
+    out = product(patches, matrix, precision)
     return out.reshape(*shifts[0].shape[:3], -1)
+
+
+def by_lax(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """`xla`; of many kernels side by side under vmap, `by_patches`."""
+    return _lax(precision)(images, kernel)
+
+
+def xla(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """Convolution without padding as XLA has it."""
+    highest = lax.Precision.HIGHEST if precision == "float32" else None
+    if precision == "bfloat16":
+        images, kernel = images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    axes = ("NHWC", "HWIO", "NHWC")
+    out = lax.conv_general_dilated(
+        images, kernel, (1, 1), "VALID", dimension_numbers=axes, precision=highest
+    )
+    return out.astype(jnp.float32)
+
+
+@functools.cache
+def _lax(precision: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    @jax.custom_batching.custom_vmap
+    def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return xla(images, kernel, precision)
+
+    @convolve.def_vmap
+    def many(size: int, batched: list[bool], images: jax.Array, kernel: jax.Array) -> Any:
+        if batched[1]:  # XLA would make it a grouped convolution, an order of magnitude slower
+            axes = (0 if batched[0] else None, 0)
+            return jax.vmap(lambda i, k: by_patches(i, k, precision), axes)(images, kernel), True
+        out = convolve(images.reshape(-1, *images.shape[2:]), kernel)
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    return convolve
+
+
+LOWERED = {"patches": by_patches, "winograd": winograd.convolve, "lax": by_lax}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(images, kernel, alone, trained, precision):
+    """One lowering of the forward pass alone, and one for a pass that is differentiated."""
+    del trained
+    return LOWERED[alone](images, kernel, precision)
+
+
+def _convolve_forward(images, kernel, alone, trained, precision):
+    del alone
+    by = xla if trained == "lax" else LOWERED[trained]  # a rule for vmap has no gradient
+    return jax.vjp(lambda i, k: by(i, k, precision), images, kernel)
+
+
+def _convolve_backward(alone, trained, precision, pullback, g):
+    del alone, trained, precision
+    return pullback(g)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def convolve(
+    images: jax.Array, kernel: jax.Array, padding: str, lowering: Lowering | None = None
+) -> jax.Array:
+    """2-D convolution, stride 1: [B, H, W, Ch] to [B, H', W', O].
+
+    Args:
+      images: float32 [B, H, W, Ch].
+      kernel: float32 [size, size, Ch, O].
+      padding: "SAME" (zeros around the image) or "VALID".
+      lowering: `conv` and `precision` are read.
+    """
+    lowering = lowering or Lowering()
+    size, _, channels, features = kernel.shape
+    if padding == "SAME":
+        images = pad_same(images, size)
+    alone, trained = lowering.conv_of(size, channels, features)
+    return _convolve(images, kernel, alone, trained, lowering.precision)
 
 
 class Conv(nn.Module):
@@ -65,6 +147,7 @@ class Conv(nn.Module):
     features: int
     size: int
     padding: str = "SAME"
+    lowering: Lowering = Lowering()
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
@@ -73,14 +156,62 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return convolve(x, kernel, self.padding) + bias
+        return convolve(x, kernel, self.padding, self.lowering) + bias
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """2 × 2 max pooling, stride 2; an odd last row or column is dropped, as in `flax.linen`.
+class Dense(nn.Module):
+    """Affine layer; parameters of the names and shapes of `flax.linen.Dense`."""
 
-    Maps [B, H, W, Ch] to [B, H // 2, W // 2, Ch].
-    """
+    features: int
+    lowering: Lowering = Lowering()
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, P] to [B, features]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        gradient = self.lowering.dense_of(x.shape[0])
+        out: Any = product(x, kernel, self.lowering.precision, gradient)
+        return out + bias
+
+
+def _blocks(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+
+
+def max_pool(x: jax.Array, lowering: Lowering | None = None) -> jax.Array:
+    """2 × 2 max pooling, stride 2; an odd last row or column is dropped, as in `flax.linen`.
+
+    Maps [B, H, W, Ch] to [B, H // 2, W // 2, Ch]. Equal maxima share the gradient equally.
+    """
+    pool = _pool if (lowering or Lowering()).pool_of() == "compare" else _reduce
+    return pool(_blocks(x))
+
+
+def _reduce(blocks: jax.Array) -> jax.Array:
+    return blocks.max(axis=(2, 4))
+
+
+@jax.custom_vjp
+def _pool(blocks: jax.Array) -> jax.Array:
+    return _reduce(blocks)
+
+
+def _pool_forward(blocks: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    top = _reduce(blocks)
+    return top, (blocks, top)
+
+
+def _pool_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+    blocks, top = residual
+    # Four comparisons that XLA fuses; the gradient of its own reduction writes each mask to memory.
+    hit = [[blocks[:, :, row, :, column] == top for column in (0, 1)] for row in (0, 1)]
+    share = g / sum(h.astype(g.dtype) for pair in hit for h in pair)
+    rows = [jnp.stack([jnp.where(h, share, 0) for h in pair], axis=3) for pair in hit]
+    return (jnp.stack(rows, axis=2),)
+
+
+_pool.defvjp(_pool_forward, _pool_backward)

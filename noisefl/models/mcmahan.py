@@ -3,7 +3,8 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Conv, max_pool
+from noisefl.models.layers import Conv, Dense, max_pool
+from noisefl.models.lowering import Lowering
 
 
 class McMahanCNN(nn.Module):
@@ -13,13 +14,15 @@ class McMahanCNN(nn.Module):
     """
 
     num_classes: int = 10
+    lowering: Lowering = Lowering()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
+        how = self.lowering
         # max and ReLU commute: pooling first leaves a quarter of the work to the ReLU.
-        x = nn.relu(max_pool(Conv(32, 5, name="conv1")(x)))
-        x = nn.relu(max_pool(Conv(64, 5, name="conv2")(x)))
+        x = nn.relu(max_pool(Conv(32, 5, lowering=how, name="conv1")(x), how))
+        x = nn.relu(max_pool(Conv(64, 5, lowering=how, name="conv2")(x), how))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(512, name="dense1")(x))
-        return nn.Dense(self.num_classes, name="dense2")(x)
+        x = nn.relu(Dense(512, how, name="dense1")(x))
+        return Dense(self.num_classes, how, name="dense2")(x)

@@ -1,0 +1,75 @@
+"""How a model's layers become XLA operations: options that change speed and the last bits."""
+
+import dataclasses
+
+import jax
+
+from noisefl.config import nearest, refuse
+
+LOWERINGS: dict[str, tuple[str, ...]] = {
+    "conv": ("auto", "patches", "winograd", "lax"),
+    "pool": ("auto", "compare", "reduce"),
+    "dense": ("auto", "matmul", "outer"),
+    "precision": ("default", "float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """Lowering of each kind of layer; "auto" is the measured best of the backend (BUILD_NOTES.md).
+
+    Attributes:
+      conv: "patches": shifted images side by side, one matrix product; "winograd": a sixth to a
+        third of its multiplications, about 10 times its rounding error, kernels of 2 × 2 to 5 × 5;
+        "lax": XLA's own convolution, which is slow in a loop on a CPU and under vmap.
+      pool: gradient of max pooling by "compare" with the maximum, or XLA's own of a "reduce".
+      dense: gradient of a dense kernel by "matmul", or as a sum of the rows' "outer" products,
+        which XLA fuses with the optimizer's update, so that a large kernel is written once a step.
+      precision: of products: "default", JAX's (float32 on a CPU, TensorFloat-32 on a GPU, bfloat16
+        on a TPU); "float32" everywhere; "bfloat16" inputs with float32 sums.
+    """
+
+    conv: str = "auto"
+    pool: str = "auto"
+    dense: str = "auto"
+    precision: str = "default"
+
+    def __post_init__(self):
+        for name, choices in LOWERINGS.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise refuse(name, value, nearest(str(value), choices))
+        if self.conv == "winograd" and self.precision == "bfloat16":
+            raise refuse("conv", self.conv, "needs float32: it would amplify the rounding")
+
+    def conv_of(self, size: int, channels: int, features: int) -> tuple[str, str]:
+        """How one layer, kernel [size, size, channels, features], is lowered: in a forward pass
+        alone, and in one that is differentiated."""
+        fits = 2 <= size <= 5
+        if self.conv == "winograd" and not fits:
+            return "patches", "patches"
+        if self.conv != "auto":
+            return self.conv, self.conv
+        if not _on_cpu() or self.precision == "bfloat16":
+            # A GPU's own product runs in TensorFloat-32, whose rounding Winograd would amplify.
+            return "patches", "patches"
+        # The transforms are paid back by products over many channels only, and so is XLA's own
+        # convolution, whose forward pass is the fastest of all there.
+        return (
+            "lax" if features >= 32 else "patches",
+            "winograd" if fits and min(channels, features) >= 16 else "patches",
+        )
+
+    def pool_of(self) -> str:
+        return "compare" if self.pool == "auto" else self.pool
+
+    def dense_of(self, rows: int) -> str:
+        """ "matmul" or "outer" for a batch of `rows`."""
+        if self.dense != "auto":
+            return self.dense
+        pays = _on_cpu() and rows <= 16 and self.precision != "bfloat16"
+        return "outer" if pays else "matmul"
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,0 +1,113 @@
+"""A model cut at its first noised layer: what lies below sees no noise, and is computed once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from noisefl import evaluate
+from noisefl.models.order import layer_order
+
+Params = Any
+LARGEST = 2048  # numbers kept for an image; more would cost more to read than to compute again
+
+
+class Split(NamedTuple):
+    """A model, and the module whose input is kept."""
+
+    model: nn.Module
+    path: tuple[str, ...]
+
+    def below(self, params: Params, images: jax.Array, batch: int) -> jax.Array:
+        """The layer's input, [N, …], of images uint8 [N, H, W, Ch], `batch` a forward pass."""
+
+        def one(images: jax.Array) -> jax.Array:
+            kept: list[jax.Array] = []
+
+            def keep(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+                if self._is_it(context) and not kept:
+                    kept.append(args[0])
+                return next_call(*args, **kwargs)
+
+            with nn.intercept_methods(keep):
+                self.model.apply({"params": params}, evaluate.scale(images))
+            return kept[0]
+
+        return evaluate.in_batches(one, (images,), batch)
+
+    def above(self, params: Params, images: jax.Array, kept: jax.Array) -> jax.Array:
+        """Logits [B, C] from the layer's kept input.
+
+        The whole model is traced. What only the kept input needed is dead code to XLA; a branch
+        that passes the layer by is computed from the images, as ever.
+        """
+        used: list[bool] = []
+
+        def put(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if self._is_it(context) and not used:
+                used.append(True)
+                return next_call(kept, *args[1:], **kwargs)
+            return next_call(*args, **kwargs)
+
+        with nn.intercept_methods(put):
+            logits = self.model.apply({"params": params}, evaluate.scale(images))
+        assert isinstance(logits, jax.Array)
+        return logits
+
+    def _is_it(self, context: Any) -> bool:
+        return context.method_name == "__call__" and tuple(context.module.path) == self.path
+
+
+def at(
+    model: nn.Module, paths: tuple[tuple[str, ...], ...], image_shape: tuple[int, int, int]
+) -> Split | None:
+    """The cut below the first called layer that owns one of the noised parameters at `paths`.
+
+    None where nothing is saved: at the first layer of all; where another parameter than a layer's
+    kernel or bias is noised; or where the layer's input is too large to be kept.
+    """
+    layers = [layer.path for layer in layer_order(model, image_shape)]
+    owners = {path[:-1] for path in paths}
+    if not owners <= set(layers):
+        return None
+    first = min(owners, key=layers.index)
+    if first == layers[0]:
+        return None
+    split = Split(model, first)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    kept = jax.eval_shape(lambda p, x: split.below(p, x, 1), params, image)
+    return split if kept.size <= LARGEST else None
+
+
+def accuracy_of(
+    model: nn.Module,
+    split: Split | None,
+    base: Params,
+    images: jax.Array,
+    labels: jax.Array,
+    batch: int,
+) -> Callable[[Params], jax.Array]:
+    """`evaluate.accuracy` of noised copies of `base`, params → float32 [].
+
+    Args:
+      model: the model.
+      split: `at` of the model and the noised parameters; what lies below is computed once, here.
+      base: parameters that all copies share below the split.
+      images: uint8 [N, H, W, Ch].
+      labels: int32 [N].
+      batch: images a forward pass.
+    """
+    if split is None:
+        return lambda params: evaluate.accuracy(model.apply, params, images, labels, batch)
+    kept = split.below(base, images, batch)
+
+    def accuracy(params: Params) -> jax.Array:
+        right = evaluate.count(
+            lambda images, kept: split.above(params, images, kept), (images, kept), labels, batch
+        )
+        return evaluate.share(right, labels.shape[0])
+
+    return accuracy
