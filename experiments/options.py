@@ -47,7 +47,7 @@ class Driver:
     out: str = ""  # results/<preset>
     resume: bool = False
     rounds_per_chunk: int = 1
-    checkpoint_every: int = 1
+    checkpoint_every: int = 5
     compilation_cache: str = "auto"
 
 

@@ -87,9 +87,9 @@ def run(options: Options, again: str) -> int:
                     complain(f"interrupted; {again}")
 
             with interrupt.exit_at_once(last_words):
-                compile_seconds = train(experiment, folder, progress)
+                timing = train(experiment, folder, progress)
         figure1(folder.rows, cap, folder.path / "figure1.png", options.config.noise_scale)
-        folder.finish(summarise(folder.rows, cap, experiment.num_classes, compile_seconds))
+        folder.finish(summarise(folder.rows, cap, experiment.num_classes, timing))
         return report(folder, options, "holds")
 
 
@@ -117,16 +117,23 @@ def prepare(options: Options) -> Experiment:
     return Experiment(options, round_, program, data, dataset.num_classes)
 
 
-def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> float:
-    """Does whatever rounds of both runs are not done yet; returns seconds of compilation."""
+def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> dict[str, float]:
+    """Does whatever rounds of both runs are not done yet.
+
+    Returns:
+      Seconds of compilation, and of all that is neither compilation nor compiled programs:
+      records, checkpoints, progress.
+    """
     options, driver = experiment.options, experiment.options.driver
     root = keys.root(driver.seed)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     program = experiment.program.compile()
-    compile_seconds = round(time.perf_counter() - start, 3)
+    init = jax.jit(experiment.round.init).lower(root).compile()
+    compiled = time.perf_counter()
+    programs = 0.0
     for name in RUNS:
         hyper: Hyper = fedavg(options.hyper) if name == "fedavg" else options.hyper
-        start_state = experiment.round.init(keys.stream(root, "init"))
+        start_state = init(keys.stream(root, "init"))
         start_state = folder.restore(name, like=start_state) or start_state
         saved = int(start_state.round)
         progress.skip(saved)
@@ -134,7 +141,9 @@ def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> f
         for state, rows in simulate.chunks(
             program, keys.stream(root, "rounds"), start_state, experiment.data, hyper, driver.rounds
         ):
-            seconds = (time.perf_counter() - start) / len(rows)
+            elapsed = time.perf_counter() - start
+            programs += elapsed
+            seconds = elapsed / len(rows)
             sound = [row["finite"] for row in rows]
             rows = rows if all(sound) else rows[: sound.index(False) + 1]
             rows = folder.append(name, rows, seconds)
@@ -146,7 +155,8 @@ def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> f
                 folder.save(name, state, done)
                 saved = done
             start = time.perf_counter()
-    return compile_seconds
+    driver = time.perf_counter() - compiled - programs
+    return {"compile_seconds": round(compiled - begin, 3), "driver_seconds": round(driver, 3)}
 
 
 def cause(row: dict[str, Any]) -> str:

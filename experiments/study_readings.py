@@ -102,7 +102,7 @@ def row(name: str, folders: list[Path]) -> list[str]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         if not rows or rows[-1]["run"] != "noise":
             return [name, f"{folder} has no noise run", *[""] * (len(HEADINGS) - 2)]
-        done.append(summarise(rows, cap=0.6, num_classes=10, compile_seconds=None))
+        done.append(summarise(rows, cap=0.6, num_classes=10, timing={}))
         tries += [record["calibration_tries"] for record in rows if record["protected"]]
         last = rows[-1]
         owners.append(

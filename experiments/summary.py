@@ -8,9 +8,7 @@ from rich.table import Table
 Row = dict[str, Any]
 
 
-def summarise(
-    rows: Sequence[Row], cap: float, num_classes: int, compile_seconds: float | None
-) -> Row:
+def summarise(rows: Sequence[Row], cap: float, num_classes: int, timing: dict[str, float]) -> Row:
     """What both runs came to.
 
     Only rounds count for the cap in which it applied (past warm-up) and in which copies were
@@ -21,7 +19,7 @@ def summarise(
       rows: of `metrics.jsonl`, both runs complete.
       cap: as such a decimal.
       num_classes: C; chance is 1 / C.
-      compile_seconds: wall time of compilation in this process; None if nothing ran.
+      timing: seconds of this process by name, taken over as they are.
 
     Returns:
       JSON values by name; accuracies are shares of 1, None where no round counted.
@@ -53,7 +51,7 @@ def summarise(
         "training_samples": training,
         "calibration_ratio": round(calibration / training, 6) if training else None,
         "seconds": round(sum(row["seconds"] for row in rows), 3),
-        "compile_seconds": compile_seconds,
+        **timing,
     }
 
 

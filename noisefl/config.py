@@ -21,7 +21,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "noise_parameters": ("kernel+bias", "kernel"),
     "noise_scale": ("absolute", "relative"),
     "noise_distribution": ("gaussian", "uniform", "laplace"),
-    "calibrator": ("additive", "geometric", "fixed"),
+    "calibrator": (
+        *("additive", "geometric", "fixed", "bisection", "parallel"),
+        *("sequential", "predictive", "unverified", "snr"),
+    ),
     "redraw": ("fresh", "rescale"),
     "on_infeasible": ("ship", "skip"),
     "warmup": ("rounds", "until_cap"),
@@ -72,8 +75,9 @@ class Config:
       noise_scale: "absolute": ξ ~ N(0, σ²); "relative": ξ ~ N(0, (r·RMS)²), RMS that of the
         noised parameters of each layer. `Hyper.strength` and its kin are then r, not σ.
       noise_distribution: "gaussian" (the source); "uniform" or "laplace" of the same variance.
-      calibrator: rule that raises σ: "additive" (the source), "geometric"; or "fixed" (no loop).
-      redraw: on re-entry of the loop, "fresh" draws ξ anew (the source), "rescale" keeps one draw.
+      calibrator: the loop that raises σ: "additive" (the source) or "geometric"; or another rule
+        of `calibrate`, where each says what it guarantees.
+      redraw: on re-entry of that loop, "fresh" draws ξ anew (the source), "rescale" keeps one draw.
       on_infeasible: a round that did not reach its cap "ship"s its last, strongest try all the
         same, or "skip"s: nobody receives a model, and the round changes neither owner nor base.
       warmup: "rounds": noise is off in the first `Hyper.warmup_rounds` (τ); "until_cap": noise is
@@ -141,7 +145,7 @@ class Config:
                 raise refuse(name, value, "must be a whole number, not negative")
         if len(self.image_shape) != 3 or not all(_whole(n, least=1) for n in self.image_shape):
             raise refuse("image_shape", self.image_shape, "must be (height, width, channels)")
-        if self.redraw == "rescale" and self.calibrator == "fixed":
+        if self.redraw == "rescale" and self.calibrator not in ("additive", "geometric"):
             raise refuse("redraw", self.redraw, "needs a loop: calibrator additive or geometric")
         if not 0 < self.client_fraction <= 1:
             raise refuse("client_fraction", self.client_fraction, "must be in (0, 1]")
@@ -191,9 +195,12 @@ class Hyper:
       clip_norm: largest global norm of a local gradient; read only with `Config.clipping`.
       cap: largest accuracy a distributed copy may have, a fraction of 1.
       cap_margin: the calibrator aims at `cap − cap_margin`; `feasible` speaks of that aim.
-      strength: σ0, the strength of the loop's first try; of every try with "fixed".
+      error_rate: δ, chance a round that a pair ships as feasible although one copy's accuracy
+        exceeds the aim; read by "sequential" and "predictive".
+      strength: σ0, the strength of the loop's first try, and the weakest of all but "additive";
+        the strength itself with "fixed" and "unverified"; with "snr" the logits' ratio of noise.
       strength_step: what "additive" adds a try.
-      strength_factor: what "geometric" multiplies by a try.
+      strength_factor: what "geometric", "parallel" and "sequential" multiply by a try.
       strength_max: σ_max; there, fresh draws go on until `max_tries`, one rescaled draw ends.
       max_tries: bound on the tries of a round, the first included.
       warmup_rounds: τ; the rounds t ≤ τ run without noise. `NEVER` makes the run plain FedAvg.
@@ -206,6 +213,7 @@ class Hyper:
     clip_norm: Any = 1.0
     cap: Any = 0.6
     cap_margin: Any = 0.0
+    error_rate: Any = 0.01
     strength: Any = 0.0
     strength_step: Any = 0.05
     strength_factor: Any = 1.25
@@ -223,6 +231,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "clip_norm": (0.0, math.inf, "must be positive"),
     "cap": (0.0, 1.0, "must be in (0, 1)"),
     "cap_margin": (0.0, 1.0, "must be at least 0 and less than the cap"),
+    "error_rate": (0.0, 1.0, "must be in (0, 1)"),
     "strength": (0.0, math.inf, "must be at least 0 and at most strength_max"),
     "strength_step": (0.0, math.inf, "must be positive"),
     "strength_factor": (1.0, math.inf, "must be greater than 1"),
@@ -259,8 +268,9 @@ def check_hyper(hyper: Hyper, config: Config) -> Hyper:
         raise refuse("strength", hyper.strength, _BOUNDS["strength"][2])
     if np.any(np.asarray(hyper.cap_margin) >= cap):
         raise refuse("cap_margin", hyper.cap_margin, _BOUNDS["cap_margin"][2])
-    if config.calibrator == "geometric" and np.any(strength <= 0):
-        raise refuse("strength", hyper.strength, "must be positive with calibrator='geometric'")
+    if config.calibrator not in ("additive", "fixed", "unverified") and np.any(strength <= 0):
+        needs = f"must be positive with calibrator={config.calibrator!r}"
+        raise refuse("strength", hyper.strength, needs)
     return as_arrays(hyper)
 
 

@@ -76,9 +76,10 @@ def count_correct(
 def share(count: jax.Array, size: int) -> jax.Array:
     """count / size as the float32 nearest to it, so that a copy exactly at the cap is not above it.
 
-    XLA turns a division by a constant into a product with its reciprocal, which rounds twice.
+    XLA turns a division by a constant into a product with its reciprocal, which rounds twice. The
+    barrier hides the constant; with the count's own shape it does so under vmap as well.
     """
-    return count / lax.optimization_barrier(jnp.float32(size))
+    return count / lax.optimization_barrier(jnp.float32(size) + 0 * count)
 
 
 def accuracy(

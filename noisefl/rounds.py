@@ -70,6 +70,7 @@ def _probe(
     data: FederatedData,
     config: Config,
 ) -> Probe:
+    apply: evaluate.Apply = model.apply
     images, labels = _judging_split(data, config)
     batch = strategy.eval_batch(config)
     accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
@@ -79,7 +80,27 @@ def _probe(
         plus, minus = (accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1))
         return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
 
-    return Probe(lambda key: noise.draw(key, base, paths, config.noise_distribution), accuracy)
+    def logits(draw: noise.Draw, strengths: jax.Array, chosen: jax.Array) -> jax.Array:
+        def copies(images: jax.Array) -> jax.Array:
+            def one(strength: jax.Array, kept: jax.Array | None) -> jax.Array:
+                copy = noise.apply(base, noise.scaled(base, draw, strength, config.noise_scale), 1)
+                if cut is None:
+                    return apply({"params": copy}, evaluate.scale(images))
+                return cut.above(copy, images, kept)
+
+            # One by one, so that a forward pass has one kernel; what lies below is shared.
+            kept = cut and cut.below(base, images, images.shape[0])
+            each = [one(strength, kept) for strength in strengths]
+            return jnp.stack(each, axis=1)
+
+        return jnp.moveaxis(evaluate.in_batches(copies, (images[chosen],), batch), 1, 0)
+
+    return Probe(
+        draw=lambda key: noise.draw(key, base, paths, config.noise_distribution),
+        accuracy=accuracy,
+        logits=logits,
+        labels=labels,
+    )
 
 
 def make_round(

@@ -28,6 +28,8 @@ class Split(NamedTuple):
 
             def keep(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
                 if self._is_it(context) and not kept:
+                    if not args:
+                        raise LookupError("called by keyword")
                     kept.append(args[0])
                 return next_call(*args, **kwargs)
 
@@ -37,7 +39,7 @@ class Split(NamedTuple):
 
         return evaluate.in_batches(one, (images,), batch)
 
-    def above(self, params: Params, images: jax.Array, kept: jax.Array) -> jax.Array:
+    def above(self, params: Params, images: jax.Array, kept: jax.Array | None) -> jax.Array:
         """Logits [B, C] from the layer's kept input.
 
         The whole model is traced. What only the kept input needed is dead code to XLA; a branch
@@ -66,7 +68,8 @@ def at(
     """The cut below the first called layer that owns one of the noised parameters at `paths`.
 
     None where nothing is saved: at the first layer of all; where another parameter than a layer's
-    kernel or bias is noised; or where the layer's input is too large to be kept.
+    kernel or bias is noised; where the layer's input is too large to be kept; or where that input
+    is not one array with an entry for each image.
     """
     layers = [layer.path for layer in layer_order(model, image_shape)]
     owners = {path[:-1] for path in paths}
@@ -77,9 +80,12 @@ def at(
         return None
     split = Split(model, first)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    kept = jax.eval_shape(lambda p, x: split.below(p, x, 1), params, image)
-    return split if kept.size <= LARGEST else None
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
+    try:
+        kept = jax.eval_shape(lambda p, x: split.below(p, x, 2), params, images)
+    except LookupError:
+        return None
+    return split if kept.shape[:1] == (2,) and kept.size <= 2 * LARGEST else None
 
 
 def accuracy_of(

@@ -1,5 +1,7 @@
 """The count of operations against XLA's own analysis of the plain model, and against arithmetic."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,7 +26,7 @@ def test_forward_agrees_with_xla(name):
     model = by_name(workload.model, workload.num_classes, PLAIN)
     images = jnp.zeros((4, *workload.image_shape))
     params = model.init(jax.random.key(0), images)
-    analysis = jax.jit(model.apply).lower(params, images).cost_analysis()
+    analysis: Any = jax.jit(model.apply).lower(params, images).cost_analysis()
     ours = 4 * operations.count(model, workload.image_shape).forward
     # XLA counts biases, activations and pooling as well, and leaves out products with padding:
     # a few operations for each of the thousands of outputs, so a few percent. LeNet's outputs
@@ -41,7 +43,9 @@ def test_a_step_agrees_with_xla(name):
     model = by_name(workload.model, workload.num_classes, Lowering(conv="patches", dense="matmul"))
     images = jnp.zeros((2, *workload.image_shape))
     params = model.init(jax.random.key(0), images)
-    step = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, images) ** 2)))
-    flops = step.lower(params).compile().cost_analysis()["flops"]
+    apply: Any = model.apply
+    step = jax.jit(jax.grad(lambda params: jnp.sum(apply(params, images) ** 2)))
+    analysis: Any = step.lower(params).compile().cost_analysis()
+    flops = analysis["flops"]
     ours = 2 * operations.count(model, workload.image_shape).step
     assert ours == pytest.approx(flops, rel=0.05)  # overlaps of patches are summed as well

@@ -4,18 +4,36 @@ from noisefl.calibrate.base import Calibration as Calibration
 from noisefl.calibrate.base import Calibrator as Calibrator
 from noisefl.calibrate.base import Probe as Probe
 from noisefl.calibrate.base import Reading as Reading
+from noisefl.calibrate.base import aim as aim
 from noisefl.calibrate.base import holds as holds
 from noisefl.calibrate.base import no_noise as no_noise
+from noisefl.calibrate.bisection import bisection as bisection
 from noisefl.calibrate.fixed import fixed as fixed
 from noisefl.calibrate.loop import accuracy_loop as accuracy_loop
 from noisefl.calibrate.loop import additive as additive
 from noisefl.calibrate.loop import geometric as geometric
+from noisefl.calibrate.parallel import parallel as parallel
+from noisefl.calibrate.predictive import predictive as predictive
+from noisefl.calibrate.sequential import sequential as sequential
+from noisefl.calibrate.unverified import snr as snr
+from noisefl.calibrate.unverified import unverified as unverified
+from noisefl.calibrate.verdict import verdict as verdict
 from noisefl.config import Config
+
+BY_NAME = {
+    "fixed": fixed,
+    "bisection": bisection,
+    "parallel": parallel,
+    "sequential": sequential,
+    "predictive": predictive,
+    "unverified": unverified,
+    "snr": snr,
+}
 
 
 def from_config(config: Config) -> Calibrator:
     """The calibrator that `config.calibrator` and `config.redraw` name."""
-    if config.calibrator == "fixed":
-        return fixed()
+    if config.calibrator in BY_NAME:
+        return BY_NAME[config.calibrator]()
     rule = {"additive": additive, "geometric": geometric}[config.calibrator]
     return accuracy_loop(rule, config.redraw)

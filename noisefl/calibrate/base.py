@@ -25,11 +25,16 @@ class Reading(NamedTuple):
 class Probe(NamedTuple):
     """All that a calibrator may ask about the base W.
 
-    `draw(key)` draws unit noise; `accuracy(draw, strength)` is the Reading of W ± strength · draw.
+    `draw(key)` draws unit noise. `accuracy(draw, strength)` is the Reading of W ± strength · draw
+    on all N images of the judging split; what its calls share is computed once. `logits(draw,
+    strengths, images)`, with signed strengths [G] and indices int32 [n] into that split, is float32
+    [G, n, C] of the copies W + strength · draw, and costs G · n forward passes.
     """
 
     draw: Callable[[jax.Array], Draw]
     accuracy: Callable[[Draw, jax.Array], Reading]
+    logits: Callable[[Draw, jax.Array, jax.Array], jax.Array]
+    labels: jax.Array  # int32 [N]
 
 
 @struct.dataclass
@@ -41,8 +46,8 @@ class Calibration:
 
     draw: Draw  # unit noise that ships
     strength: jax.Array  # float32 []: its strength, in units of Config.noise_scale
-    feasible: jax.Array  # bool []: both copies were seen at or under cap − cap_margin
-    plus_accuracy: jax.Array  # float32 []: of the shipped pair; NaN if it was not evaluated
+    feasible: jax.Array  # bool []: the calibrator vouches for both copies, as it documents
+    plus_accuracy: jax.Array  # float32 []: of the shipped pair; NaN if not seen on all N images
     minus_accuracy: jax.Array  # float32 []
     tries: jax.Array  # int32 []: draws or strengths judged
     evaluations: jax.Array  # int32 []
@@ -63,10 +68,24 @@ class Calibrator(NamedTuple):
     calibrate: Callable[[jax.Array, Params, Probe, Hyper, Carry], tuple[Calibration, Carry]]
 
 
+def aim(hyper: Hyper) -> jax.Array:
+    """float32 []: what the accuracy of a copy is held to, cap − cap_margin."""
+    return hyper.cap - hyper.cap_margin
+
+
 def holds(reading: Reading, hyper: Hyper) -> jax.Array:
-    """bool []: neither copy exceeds the aim, cap − cap_margin. A NaN accuracy does not hold."""
-    aim = hyper.cap - hyper.cap_margin
-    return (reading.plus <= aim) & (reading.minus <= aim)
+    """bool []: neither copy exceeds the aim. A NaN accuracy does not hold."""
+    return (reading.plus <= aim(hyper)) & (reading.minus <= aim(hyper))
+
+
+def warm_start(carry: jax.Array, hyper: Hyper, factor: float) -> jax.Array:
+    """`factor` times the strength of the round before, within σ0 … σ_max; σ0 in the first round.
+
+    Args:
+      carry: float32 [], the strength that shipped last; NaN before.
+    """
+    low = jnp.float32(hyper.strength)
+    return jnp.where(jnp.isnan(carry), low, jnp.clip(factor * carry, low, hyper.strength_max))
 
 
 def no_noise(like: Any) -> Calibration:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from noisefl.config import refuse
 from noisefl.models import winograd
 from noisefl.models.lowering import Lowering
 from noisefl.models.product import product
@@ -129,6 +130,8 @@ def convolve(
     """
     lowering = lowering or Lowering()
     size, _, channels, features = kernel.shape
+    if padding not in ("SAME", "VALID"):
+        raise refuse("padding", padding, "must be SAME or VALID")
     if padding == "SAME":
         images = pad_same(images, size)
     alone, trained = lowering.conv_of(size, channels, features)

@@ -25,17 +25,19 @@ def layer_order(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[La
       model: maps images [B, H, W, Ch] to logits.
       image_shape: (H, W, Ch).
     """
-    called: list[Layer] = []
+    called: list[Layer | None] = []
 
     def note(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        place = len(called)
+        called.append(None)  # in the order of entry; what a layer calls inside comes after it
         out = next_call(*args, **kwargs)
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
             kernel = context.module.get_variable("params", "kernel")
             layer = Layer(tuple(context.module.path), kernel.ndim > 2)
             if layer not in called:
-                called.append(layer)
+                called[place] = layer
         return out
 
     with nn.intercept_methods(note):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
-    return tuple(called)
+    return tuple(layer for layer in called if layer is not None)

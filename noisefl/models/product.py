@@ -35,6 +35,8 @@ def _forward(a, b, precision, gradient):
 def _backward(precision, gradient, residual, g):
     a, b = residual
     if gradient == "outer":
+        if precision == "bfloat16":
+            a, g = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (a, g))
         grad_b = sum(a[row, :, None] * g[row, None, :] for row in range(a.shape[0]))
     else:
         grad_b = _matmul(a.T, g, precision)
