@@ -62,7 +62,7 @@ class Round(NamedTuple):
     step: Callable[[jax.Array, RoundState, FederatedData, Hyper], tuple[RoundState, RoundInfo]]
 
 
-def _probe(
+def make_probe(
     model: nn.Module,
     cut: split.Split | None,
     base: Params,
@@ -70,6 +70,16 @@ def _probe(
     data: FederatedData,
     config: Config,
 ) -> Probe:
+    """What a calibrator may ask about `base`.
+
+    Args:
+      model: the model.
+      cut: `split.at` of the model and `paths`.
+      base: W.
+      paths: `noise.target` of the model.
+      data: the federation, of which the judging split is used.
+      config: static options.
+    """
     apply: evaluate.Apply = model.apply
     images, labels = _judging_split(data, config)
     batch = strategy.eval_batch(config)
@@ -171,7 +181,7 @@ def make_round(
             return calibrate.no_noise(shapes), state.carry
 
         def calibrated() -> tuple[Calibration, Any]:
-            probe = _probe(model, cut, base, paths, data, config)
+            probe = make_probe(model, cut, base, paths, data, config)
             stream = keys.stream(key, "calibration")
             return calibrator.calibrate(stream, base, probe, hyper, state.carry)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import options
+from noisefl.calibrate import GUARANTEES
+from noisefl.config import CHOICES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,7 +36,25 @@ def test_linked_files_exist():
     assert [link for link in targets if not (ROOT / link).exists()] == []
 
 
-def test_the_library_call_runs(capsys):
-    (example,) = blocks("python")
-    exec(compile(example.replace("range(1, 6)", "range(1, 3)"), "README.md", "exec"), {})
+def test_the_examples_run(capsys):
+    call, calibrator = blocks("python")
+    names: dict = {}
+    exec(compile(call.replace("range(1, 6)", "range(1, 3)"), "README.md", "exec"), names)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
+
+    exec(compile(calibrator, "README.md", "exec"), names)
+    word, strength, tries, feasible = capsys.readouterr().out.split()
+    assert word == "mine"
+    assert float(strength) == 2.0 * 2 ** (int(tries) - 1)  # doubled from Hyper.strength
+    found = names["info"].calibration
+    aim = float(names["hyper"].cap - names["hyper"].cap_margin)
+    highest = max(float(found.plus_accuracy), float(found.minus_accuracy))
+    assert feasible == str(highest <= aim)
+    lines = calibrator.split("def doubling")[1].split("init, step")[0].strip().splitlines()
+    assert len(lines) <= 22  # "about 20"
+
+
+def test_every_calibrator_is_in_the_table():
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    assert [name for name in CHOICES["calibrator"] if not any(f"`{name}`" in r for r in rows)] == []
+    assert set(GUARANTEES) == set(CHOICES["calibrator"])

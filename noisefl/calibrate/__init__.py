@@ -30,6 +30,20 @@ BY_NAME = {
     "snr": snr,
 }
 
+_ON_SPLIT = (
+    "both copies are at or under the aim on the N images of the judging split; nothing is said of "
+    "other images"
+)
+_ON_DISTRIBUTION = (
+    "with probability 1 - error_rate a round, over the images and their order, no copy that ships "
+    "as feasible exceeds the aim on the images' distribution, for a base not fitted to them"
+)
+GUARANTEES = {
+    **dict.fromkeys(("additive", "geometric", "fixed", "bisection", "parallel"), _ON_SPLIT),
+    **dict.fromkeys(("sequential", "predictive"), _ON_DISTRIBUTION),
+    **dict.fromkeys(("unverified", "snr"), "none"),
+}  # of a round that calls itself feasible
+
 
 def from_config(config: Config) -> Calibrator:
     """The calibrator that `config.calibrator` and `config.redraw` name."""

@@ -85,10 +85,11 @@ def predictive(
         draw, target = draw_of(jnp.int32(0)), aim(hyper) - gap
         labels = probe.labels[chosen]
 
+        clean = probe.logits(draw, jnp.zeros(1), chosen)[0]
+
         def secant(guess: _Guess) -> _Guess:
-            signed = guess.strength * jnp.asarray([0.0, 1.0, -1.0])
-            clean, *pair = probe.logits(draw, signed, chosen)
-            new = _weakest(clean, jnp.stack(pair), labels, guess.strength, target)
+            pair = probe.logits(draw, guess.strength * jnp.asarray([1.0, -1.0]), chosen)
+            new = _weakest(clean, pair, labels, guess.strength, target)
             new = jnp.clip(new, low, hyper.strength_max)
             moved = jnp.abs(jnp.log(new / guess.strength))
             return _Guess(new, moved <= np.log(NEAR), guess.secants + 1)
@@ -104,8 +105,8 @@ def predictive(
             plus_accuracy=nan,
             minus_accuracy=nan,
             tries=last.attempt,
-            evaluations=last.evaluations + 3 * guess.secants,
-            samples=last.samples + 3 * number * guess.secants,
+            evaluations=last.evaluations + 1 + 2 * guess.secants,
+            samples=last.samples + number * (1 + 2 * guess.secants),
         ), jnp.where(last.holds, last.strength, carry)
 
     return Calibrator(init=lambda: jnp.float32(jnp.nan), calibrate=calibrate)
