@@ -47,7 +47,8 @@ def share_of_error(attempt: jax.Array) -> jax.Array:
 def _evidence(right: jax.Array, wrong: jax.Array, aim: jax.Array, sign: float) -> jax.Array:
     """log of the averaged likelihood ratio of accuracies aim + sign · gap against the aim."""
     gaps, weights = jnp.asarray(GAPS), jnp.asarray(WEIGHTS)
-    other = jnp.clip(aim + sign * gaps, 1e-3, 1 - 1e-3)
+    low, high = jnp.minimum(1e-3, aim / 2), jnp.minimum(1e-3, (1 - aim) / 2)
+    other = jnp.clip(aim + sign * gaps, low, 1 - high)  # strictly on its side of the aim
     ratio = right * jnp.log(other / aim) + wrong * jnp.log((1 - other) / (1 - aim))
     return jax.nn.logsumexp(ratio, b=weights)
 
@@ -77,6 +78,8 @@ def verdict(
       chunk: images between two looks.
     """
     size = images.shape[0]
+    if size == 0:
+        return Verdict(jnp.bool_(False), jnp.int32(0), jnp.int32(0))
     chunk = min(chunk, size)
 
     def judge(signed: jax.Array, wanted: jax.Array) -> _Copy:
@@ -91,7 +94,7 @@ def verdict(
             dead = jnp.any(jnp.isnan(logits))
             under = _evidence(right, read - right, aim, -1) >= -jnp.log(error)
             over = _evidence(right, read - right, aim, +1) >= -jnp.log(FUTILE)
-            return _Copy(read, right, under & ~dead, over | dead)
+            return _Copy(read, right, under & ~dead & (aim > 0), over | dead)
 
         def undecided(copy: _Copy) -> jax.Array:
             return wanted & ~copy.under & ~copy.over & (copy.read + chunk <= size)
