@@ -7,7 +7,6 @@ paired seeds. `--quick` is a smaller version of all that.
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -20,9 +19,15 @@ from absl import app, flags
 from jax import lax
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from scipy import stats
 
+from experiments.calibration_figures import (
+    CAP,
+    RATIOS,
+    against_source,
+    strength_ratio,
+    summary,
+    table,
+)
 from experiments.plot_calibration import picture
 from noisefl import (
     Config,
@@ -54,7 +59,6 @@ _LANES = flags.DEFINE_integer("lanes", 32, "side by side under vmap, not with --
 _JSON = flags.DEFINE_string("json", None, "file for the results")
 _PICTURE = flags.DEFINE_string("picture", "results/calibration.png", "file for the picture")
 
-CAP = 0.6
 HYPER = Hyper(learning_rate=0.1, cap=CAP, strength=0.5, strength_factor=1.2, strength_max=50.0)
 # The source starts without noise; the proxies' one number was set by hand, for this setting.
 OWN = {"additive": {"strength": 0.0}, "unverified": {"strength": 4.0}, "snr": {"strength": 1.0}}
@@ -89,7 +93,8 @@ def main(argv: list[str]) -> None:
             results.append(result)
             progress.advance(task)
     against_source(results)
-    console.print(table(results, len(bases) * repeats))
+    title = f"{_MODEL.value}, noise on {_LAYERS.value}; {len(bases) * repeats} calibrations each"
+    console.print(table(results, title))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n")
     Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
@@ -230,39 +235,6 @@ def measure(
     }
 
 
-RATIOS = np.geomspace(0.4, 1.3, 48).astype(np.float32)
-
-
-def strength_ratio(around: np.ndarray, bare: float) -> float | None:
-    """The strength over the smallest on the grid that holds the cap on test for the same draw;
-    None where none does, or where the bare base already did."""
-    if bare <= CAP:
-        return None
-    held = np.flatnonzero(around <= np.float32(CAP))
-    return float(1 / RATIOS[held[0]]) if len(held) else None
-
-
-def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one calibrator; a round that says it is infeasible is counted as such, and
-    its violation is not one of the guarantee's."""
-    claimed = [row for row in rows if row["feasible"]] or rows
-    over = sum(row["over"] for row in claimed)
-    ratios = [row["ratio"] for row in claimed if row["ratio"] is not None]
-    upper = stats.beta.ppf(0.95, over + 1, len(claimed) - over) if over < len(claimed) else 1.0
-    return {
-        "calibrator": name,
-        "guarantee": calibrate.GUARANTEES[name],
-        "calibrations": len(rows),
-        "tries_mean": float(np.mean([row["tries"] for row in rows])),
-        "images_per_round": float(np.mean([row["samples"] for row in rows])),
-        "strength_ratio_median": float(np.median(ratios)) if ratios else None,
-        "violations": over,
-        "violation_rate": over / len(claimed),
-        "violation_rate_upper95": float(upper),
-        "infeasible_rate": 1 - sum(row["feasible"] for row in rows) / len(rows),
-    }
-
-
 def lanes(run: Any, base: Base, calibrator: calibrate.Calibrator) -> dict[str, Any]:
     """Seconds a lane of one lane, and of many under vmap, which wait for the slowest."""
     if not _LANES.value:
@@ -310,45 +282,6 @@ def whole_runs(name: str, seeds: int, judge: Judge) -> dict[str, Any]:
         "run_rounds_over_cap": violations / (seeds * (count - 1)),
         "run_seconds": float(np.mean(seconds)),
     }
-
-
-def against_source(results: list[dict[str, Any]]) -> None:
-    """Adds the paired difference of the owners to those of the source's loop, with its 95 %
-    interval by Student's t over the seeds."""
-    source = next((r for r in results if r["calibrator"] == "additive"), None)
-    if source is None:
-        return
-    for result in results:
-        difference = np.subtract(result["run_owner_accuracy"], source["run_owner_accuracy"])
-        half = math.nan
-        if len(difference) > 1:
-            spread = np.std(difference, ddof=1) / math.sqrt(len(difference))
-            half = float(stats.t.ppf(0.975, len(difference) - 1) * spread)
-        result["owner_minus_source"] = float(np.mean(difference))
-        result["owner_minus_source_ci95"] = None if math.isnan(half) else half
-
-
-def table(results: list[dict[str, Any]], calibrations: int) -> Table:
-    title = f"{_MODEL.value}, noise on {_LAYERS.value}; {calibrations} calibrations each"
-    shown = Table(title=title, title_justify="left")
-    for column in ("calibrator", "tries", "images", "share of round", "σ / smallest"):
-        shown.add_column(column, justify="left" if column == "calibrator" else "right")
-    for column in ("over cap (95 % up to)", "infeasible", "owner at end", "run s"):
-        shown.add_column(column, justify="right")
-    for r in results:
-        ratio = r["strength_ratio_median"]
-        shown.add_row(
-            r["calibrator"],
-            f"{r['tries_mean']:.1f}",
-            f"{r['images_per_round']:,.0f}",
-            f"{r['wall_share']:.1%}",
-            "–" if ratio is None else f"{ratio:.2f}",
-            f"{r['violation_rate']:.1%} ({r['violation_rate_upper95']:.1%})",
-            f"{r['infeasible_rate']:.0%}",
-            f"{np.mean(r['run_owner_accuracy']):.3f}",
-            f"{r['run_seconds']:.1f}",
-        )
-    return shown
 
 
 if __name__ == "__main__":

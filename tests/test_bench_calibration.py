@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import bench_calibration
+from experiments import calibration_figures
 
 KEYS = {
     *("calibrator", "guarantee", "calibrations", "tries_mean", "images_per_round", "wall_share"),
@@ -26,28 +26,28 @@ def row(over: bool, feasible: bool = True, ratio: float | None = 1.5) -> dict:
 
 
 def test_the_upper_bound_is_the_exact_binomial_one():
-    none = bench_calibration.summary("predictive", [row(False)] * 300)
+    none = calibration_figures.summary("predictive", [row(False)] * 300)
     assert none["violation_rate"] == 0
     # Without a violation the chance of seeing none is (1 - p)^n = 5 %.
     assert none["violation_rate_upper95"] == pytest.approx(1 - 0.05 ** (1 / 300))
-    every = bench_calibration.summary("predictive", [row(True)] * 3)
+    every = calibration_figures.summary("predictive", [row(True)] * 3)
     assert (every["violation_rate"], every["violation_rate_upper95"]) == (1, 1)
 
 
 def test_only_rounds_that_call_themselves_feasible_count_for_the_guarantee():
     rows = [row(False), row(False), row(True, feasible=False), row(False, ratio=None)]
-    found = bench_calibration.summary("bisection", rows)
+    found = calibration_figures.summary("bisection", rows)
     assert (found["violations"], found["infeasible_rate"], found["calibrations"]) == (0, 0.25, 4)
-    proxy = bench_calibration.summary("snr", [row(True, feasible=False), row(False, False)])
+    proxy = calibration_figures.summary("snr", [row(True, feasible=False), row(False, False)])
     assert (proxy["violation_rate"], proxy["infeasible_rate"]) == (0.5, 1)  # it claims nothing
 
 
 def test_the_strength_ratio_is_to_the_weakest_that_holds():
-    ratios = bench_calibration.RATIOS
+    ratios = calibration_figures.RATIOS
     falls = np.where(ratios >= ratios[20], 0.6, 0.7)
-    assert bench_calibration.strength_ratio(falls, 0.9) == pytest.approx(1 / ratios[20])
-    assert bench_calibration.strength_ratio(falls, 0.6) is None  # needed no noise
-    assert bench_calibration.strength_ratio(np.full(48, 0.7), 0.9) is None
+    assert calibration_figures.strength_ratio(falls, 0.9) == pytest.approx(1 / ratios[20])
+    assert calibration_figures.strength_ratio(falls, 0.6) is None  # needed no noise
+    assert calibration_figures.strength_ratio(np.full(48, 0.7), 0.9) is None
 
 
 def test_it_writes_what_it_measured(tmp_path):
