@@ -4,6 +4,7 @@ A loop over clients, each a loop over batches, as most simulators train. It read
 standard input; for each it trains CLIENTS clients, averages them, and prints the seconds it took.
 """
 
+import importlib
 import sys
 import time
 from typing import Any
@@ -38,8 +39,7 @@ def network(workload: Any, torch: Any) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    import torch
-
+    torch: Any = importlib.import_module("torch")  # no dependency of the project
     workload, clients = WORKLOADS[argv[1]], int(argv[3])
     torch.set_num_threads(int(argv[2]))
     height, width, channels = workload.image_shape
