@@ -66,6 +66,9 @@ def checked(argv: list[str]) -> tuple[Lowering, int | None]:
     for name in _WORKLOADS.value:
         if name not in WORKLOADS:
             raise refuse("workloads", name, nearest(name, list(WORKLOADS)))
+        if _COHORT.value == 1 or _COHORT.value > WORKLOADS[name].num_clients:
+            allowed = f"must be 2 to the {WORKLOADS[name].num_clients} clients of {name}"
+            raise refuse("cohort", _COHORT.value, allowed)
     if _COMPARE.value == "torch" and importlib.util.find_spec("torch") is None:
         raise refuse("compare", "torch", "needs PyTorch, which is not installed")
     if not re.fullmatch(r"auto|\d+", _AT_ONCE.value):

@@ -40,6 +40,7 @@ def test_it_writes_what_it_measured(tmp_path):
     [
         ("--workloads=lenett", "workloads='lenett': must be one of mcmahan, femnist, cifar10, le"),
         ("--conv=winogard", "conv='winogard': must be one of auto, patches, winograd, lax (did"),
+        ("--cohort=101", "cohort=101: must be 2 to the 100 clients of mcmahan"),
         ("--clients_at_once=-1", "clients_at_once='-1': must be a whole number, or auto"),
         ("--json=/no/such/folder/b.json", "/no/such/folder/b.json"),
         ("extra", "unexpected argument 'extra'"),
