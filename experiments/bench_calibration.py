@@ -7,8 +7,10 @@ paired seeds. `--quick` is a smaller version of all that.
 """
 
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,24 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax import lax
 from rich.console import Console
 from rich.progress import Progress
 
 from experiments.calibration_figures import (
     CAP,
-    RATIOS,
     against_source,
     strength_ratio,
     summary,
     table,
 )
+from experiments.calibration_judge import Judge, make_judge
 from experiments.plot_calibration import picture
 from noisefl import (
     Config,
     Hyper,
     calibrate,
-    evaluate,
     fedavg,
     federate,
     keys,
@@ -42,7 +42,6 @@ from noisefl import (
     noise,
     rounds,
     split,
-    strategy,
 )
 from noisefl.config import CHOICES, as_arrays, nearest, refuse
 from noisefl.data import FederatedData
@@ -81,15 +80,17 @@ def main(argv: list[str]) -> None:
         sys.exit(f"experiments.bench_calibration: {error}")
     console = Console(highlight=False, width=max(Console().width, 110))
     seeds = _SEEDS.value or (1 if _QUICK.value else 4)
-    repeats, judge = _REPEATS.value or (3 if _QUICK.value else 7), make_judge()
+    repeats = _REPEATS.value or (3 if _QUICK.value else 7)
+    judge = make_judge(by_name(_MODEL.value, 10), config("predictive"))
     bases, round_seconds = train_bases(seeds, judge)
     results = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("calibrators", total=len(_CALIBRATORS.value))
+        task = progress.add_task("compiling", total=len(_CALIBRATORS.value))
+        compiled = compile_all(_CALIBRATORS.value, bases[0])
         for name in _CALIBRATORS.value:
             progress.update(task, description=name)
-            result = measure(name, bases, repeats, round_seconds, judge)
-            result |= whole_runs(name, seeds, judge)
+            result = measure(name, compiled[name], bases, repeats, round_seconds, judge)
+            result |= whole_runs(name, compiled[name], seeds, judge)
             results.append(result)
             progress.advance(task)
     against_source(results)
@@ -132,44 +133,6 @@ def federation(scheme: str, seed: int) -> FederatedData:
     return federate(dataset, num_clients=100, scheme=scheme, seed=seed, validation_size=10_000)
 
 
-class Judge(NamedTuple):
-    """Test accuracies, jitted once for all calibrators."""
-
-    owner: Any  # (params, data) → float32 []
-    pair: Any  # (base, data, draw, strength) → float32 [2], of the copies that shipped
-    around: Any  # the same → float32 [G], the higher one at RATIOS times the strength
-
-
-def make_judge() -> Judge:
-    model, options = by_name(_MODEL.value, 10), config("predictive")
-    cut = split.at(model, noise.target(model, options), options.image_shape)
-    batch = strategy.eval_batch(options)
-
-    def copies(base, data, draw, size: int) -> Any:
-        images, labels = data.test_images[:size], data.test_labels[:size]
-        accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
-
-        def pair(strength: jax.Array) -> jax.Array:
-            xi = noise.scaled(base, draw, strength, options.noise_scale)
-            return jnp.stack([accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1)])
-
-        return pair
-
-    def around(base, data, draw, strength):
-        # Without a cut each strength is a forward pass of the whole model.
-        pair = copies(base, data, draw, 10_000 if cut else 1_000)
-        return lax.map(lambda ratio: jnp.max(pair(ratio * strength)), jnp.asarray(RATIOS))
-
-    def owner(params, data):
-        test = data.test_images, data.test_labels
-        return evaluate.accuracy(model.apply, params, *test, batch)
-
-    def shipped(base, data, draw, strength):
-        return copies(base, data, draw, 10_000)(strength)
-
-    return Judge(jax.jit(owner), jax.jit(shipped), jax.jit(around))
-
-
 def train_bases(seeds: int, judge: Judge) -> tuple[list[Base], float]:
     """Bases of protected runs, and the seconds of a round without any calibration."""
     saved = (3, 6) if _QUICK.value else (3, 6, 9, 12)
@@ -193,29 +156,57 @@ def train_bases(seeds: int, judge: Judge) -> tuple[list[Base], float]:
     return bases, float(np.median(times))
 
 
+class Compiled(NamedTuple):
+    """One calibrator's programs."""
+
+    init: Any  # () → its first carry
+    rule: Any  # (key, base, data, carry) → (Calibration, carry), not compiled
+    rule_compiled: Any
+    step: Any  # a whole round
+
+
+def compile_all(names: list[str], like: Base) -> dict[str, Compiled]:
+    """Before anything is timed, and on all cores: one program's compilation keeps one busy."""
+
+    def one(name: str) -> Compiled:
+        model, options = by_name(_MODEL.value, 10), config(name)
+        paths = noise.target(model, options)
+        cut = split.at(model, paths, options.image_shape)
+        calibrator, hyper = calibrate.from_config(options), hyper_of(name)
+
+        def rule(key, base, data, carry):
+            probe = rounds.make_probe(model, cut, base, paths, data, options)
+            return calibrator.calibrate(key, base, probe, hyper, carry)
+
+        round_, root = make_round(model, options), keys.root(0)
+        lowered = jax.jit(rule).lower(root, like.params, like.data, calibrator.init())
+        state = jax.eval_shape(round_.init, root)
+        step = jax.jit(round_.step).lower(root, state, like.data, hyper)
+        return Compiled(calibrator.init, rule, lowered.compile(), step.compile())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
 def measure(
-    name: str, bases: list[Base], repeats: int, round_seconds: float, judge: Judge
+    name: str,
+    compiled: Compiled,
+    bases: list[Base],
+    repeats: int,
+    round_seconds: float,
+    judge: Judge,
 ) -> dict[str, Any]:
     """Calibrates every base `repeats` times; the carry goes along the rounds of a run."""
-    model, options, hyper = by_name(_MODEL.value, 10), config(name), hyper_of(name)
-    paths = noise.target(model, options)
-    cut = split.at(model, paths, options.image_shape)
-    calibrator = calibrate.from_config(options)
-
-    def run(key, base, data, carry):
-        probe = rounds.make_probe(model, cut, base, paths, data, options)
-        return calibrator.calibrate(key, base, probe, hyper, carry)
-
-    run_one = jax.jit(run)
-    jax.block_until_ready(run_one(keys.root(0), *bases[0][:2], calibrator.init()))
     rows, seconds = [], []
     for repeat in range(repeats):
-        carry = calibrator.init()
+        carry = compiled.init()
         for index, base in enumerate(bases):
-            carry = calibrator.init() if base.first else carry
+            carry = compiled.init() if base.first else carry
             key = keys.stream(keys.stream(keys.root(repeat), "base", index), "calibration")
             begin = time.perf_counter()
-            found, carry = jax.block_until_ready(run_one(key, base.params, base.data, carry))
+            found, carry = jax.block_until_ready(
+                compiled.rule_compiled(key, base.params, base.data, carry)
+            )
             seconds.append(time.perf_counter() - begin)
             shipped = base.params, base.data, found.draw, found.strength
             rows.append(
@@ -231,19 +222,19 @@ def measure(
         **summary(name, rows),
         "wall_seconds": float(np.median(seconds)),
         "wall_share": float(np.median(seconds) / (np.median(seconds) + round_seconds)),
-        **({} if _QUICK.value else lanes(run, bases[-1], calibrator)),
+        **({} if _QUICK.value else lanes(compiled, bases[-1])),
     }
 
 
-def lanes(run: Any, base: Base, calibrator: calibrate.Calibrator) -> dict[str, Any]:
+def lanes(compiled: Compiled, base: Base) -> dict[str, Any]:
     """Seconds a lane of one lane, and of many under vmap, which wait for the slowest."""
     if not _LANES.value:
         return {}
     seconds = {}
     for count in (1, _LANES.value):
         many = jax.random.split(keys.root(7), count)
-        carries = jax.tree.map(lambda leaf, n=count: jnp.stack([leaf] * n), calibrator.init())
-        lanewise = jax.jit(jax.vmap(run, in_axes=(0, None, None, 0)))
+        carries = jax.tree.map(lambda leaf, n=count: jnp.stack([leaf] * n), compiled.init())
+        lanewise = jax.jit(jax.vmap(compiled.rule, in_axes=(0, None, None, 0)))
         arguments = (many, base.params, base.data, carries)
         jax.block_until_ready(lanewise(*arguments))
         begin = time.perf_counter()
@@ -252,22 +243,20 @@ def lanes(run: Any, base: Base, calibrator: calibrate.Calibrator) -> dict[str, A
     return {"seconds_a_lane": seconds}
 
 
-def whole_runs(name: str, seeds: int, judge: Judge) -> dict[str, Any]:
+def whole_runs(name: str, compiled: Compiled, seeds: int, judge: Judge) -> dict[str, Any]:
     """Whole IID runs with the calibrator: the owner at the end, rounds over the cap, seconds."""
     count = _ROUNDS.value or (4 if _QUICK.value else 15)
     model, options, hyper = by_name(_MODEL.value, 10), config(name), hyper_of(name)
-    round_ = make_round(model, options)
-    step = jax.jit(round_.step)
+    init = make_round(model, options).init
     owners, violations, seconds = [], 0, []
     for seed in range(seeds):
         data, root = federation("iid", seed), keys.root(seed)
-        state = round_.init(keys.stream(root, "init"))
-        jax.block_until_ready(step(root, state, data, hyper))  # compiled before it is timed
+        state = init(keys.stream(root, "init"))
         spent = 0.0
         for t in range(1, count + 1):
             begin = time.perf_counter()
             key = keys.stream(root, "round", t)
-            new, info = jax.block_until_ready(step(key, state, data, hyper))
+            new, info = jax.block_until_ready(compiled.step(key, state, data, hyper))
             spent += time.perf_counter() - begin
             if bool(info.protected):
                 found = info.calibration

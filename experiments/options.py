@@ -120,6 +120,19 @@ def parse(argv: list[str]) -> Options | None:
       ValueError: one line about the first bad flag.
     """
     values = define()
+    preset = read(argv, values)
+    if any(values[name].value for name in helppage.HELP_FLAGS):
+        quickstart = read_preset(PRESETS / f"{DEFAULT_PRESET}.flags")
+        print(helppage.page(defaults(), preset_names(), DEFAULT_PRESET, quickstart))
+        return None
+    given = {name: values[name].value for name in defaults()}
+    if not given["out"]:
+        given["out"] = str(Path("results") / preset)
+    return from_flags(given)
+
+
+def read(argv: list[str], values: flags.FlagValues) -> str:
+    """Reads a command line into `values`, presets first; returns the name of the last preset."""
     try:
         preset_files, rest = _presets(argv[1:])
         lines = [line for file in preset_files for line in read_preset(file)]
@@ -127,14 +140,7 @@ def parse(argv: list[str]) -> Options | None:
             raise ValueError(f"unexpected argument {unparsed[0]!r}: flags begin with --")
     except flags.Error as error:
         raise ValueError(_explained(error, values)) from None
-    if any(values[name].value for name in helppage.HELP_FLAGS):
-        quickstart = read_preset(PRESETS / f"{DEFAULT_PRESET}.flags")
-        print(helppage.page(defaults(), preset_names(), DEFAULT_PRESET, quickstart))
-        return None
-    given = {name: values[name].value for name in defaults()}
-    if not given["out"]:
-        given["out"] = str(Path("results") / preset_files[-1].stem)
-    return from_flags(given)
+    return preset_files[-1].stem
 
 
 def from_flags(given: dict[str, Any]) -> Options:

@@ -19,15 +19,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 from experiments import interrupt
-from experiments.options import FEDERATE, MAY_CHANGE, Options, parse
+from experiments.loading import dataset_of, federated, model_of
+from experiments.options import MAY_CHANGE, Options, parse
 from experiments.plot import figure1
 from experiments.progress import RunProgress
 from experiments.provenance import provenance
 from experiments.summary import summarise, table
-from noisefl import Hyper, Round, fedavg, federate, keys, load, make_round, simulate
-from noisefl.config import refuse
+from noisefl import Hyper, Round, fedavg, keys, make_round, simulate
 from noisefl.data import FederatedData
-from noisefl.models import by_name
 from noisefl.record import RunFolder
 
 RUNS = ("fedavg", "noise")
@@ -96,18 +95,10 @@ def run(options: Options, again: str) -> int:
 def prepare(options: Options) -> Experiment:
     """Loads the data and traces the program, which finds what is wrong with them."""
     driver = options.driver
-    dataset = load(driver.dataset, driver.data_dir)
-    try:
-        data = federate(dataset, **options.federation)
-    except ValueError as error:
-        raise ValueError(in_flags(str(error))) from None
+    dataset = dataset_of(driver.dataset, driver.data_dir)
+    data = federated(dataset, options.federation)
     config = dataclasses.replace(options.config, image_shape=dataset.train_images.shape[1:])
-    model = by_name(driver.model, dataset.num_classes, options.lowering)
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *config.image_shape)))
-    except (ValueError, TypeError, ZeroDivisionError):
-        shape = config.image_shape
-        raise refuse("model", driver.model, f"does not take images of shape {shape}") from None
+    model = model_of(options, dataset)
     round_ = make_round(model, config)
     simulation: Any = simulate.make_simulation(round_, model, config, driver.rounds_per_chunk)
     root = keys.root(driver.seed)
@@ -165,14 +156,6 @@ def cause(row: dict[str, Any]) -> str:
     if row["protected"]:  # FedAvg has survived the same rounds at the same learning rate
         where += f"noise of strength {row['strength']} (see --strength_max, --cancellation), or "
     return f"{where}--learning_rate too large (--clip_norm helps); rounds so far are kept"
-
-
-def in_flags(message: str) -> str:
-    """A complaint about an argument of `federate`, about the flag that gave it."""
-    for flag, name in FEDERATE.items():
-        if message.startswith(f"{name}="):
-            return flag + message.removeprefix(name)
-    return message
 
 
 @contextlib.contextmanager

@@ -55,6 +55,38 @@ def summarise(rows: Sequence[Row], cap: float, num_classes: int, timing: dict[st
     }
 
 
+def of_one_run(rows: Sequence[Row], cap: float, num_classes: int, cause: str | None) -> Row:
+    """What one run of a sweep came to, in the terms of `summarise`.
+
+    Args:
+      rows: of the run, up to the one that broke down.
+      cap: as the shortest decimal of its float32.
+      num_classes: C.
+      cause: of a run that broke down; its accuracies are then not a result.
+    """
+    owner = [row["owner_accuracy"] for row in rows]
+    protected = [row for row in rows if row["protected"]]
+    shipped = [row for row in protected if row["shipped"]]
+    local = [row["local_accuracy_mean"] for row in shipped]
+    shared = _shared("test", shipped, "", cap)
+    return {
+        "rounds": len(rows),
+        "cap": cap,
+        "owner_accuracy": None if cause else owner[-1],
+        "owner_accuracy_best": max(owner),
+        "max_shared_accuracy": shared["shared_accuracy_max_test"],
+        "rounds_over_cap": shared["rounds_over_cap_test"],
+        "protected_rounds": len(protected),
+        "infeasible_rounds": sum(not row["feasible"] for row in protected),
+        "skipped_rounds": len(protected) - len(shipped),
+        "collapsed": _collapsed(owner, 1 / num_classes),
+        "local_accuracy_mean": round(sum(local) / len(local), 6) if local else None,
+        "calibration_samples": sum(row["calibration_samples"] for row in rows),
+        "training_samples": sum(row["training_samples"] for row in rows),
+        "failed": {"round": rows[-1]["round"], "cause": cause} if cause else None,
+    }
+
+
 def _shared(split: str, shipped: Sequence[Row], suffix: str, cap: float) -> Row:
     highest = [
         max(row[f"plus{suffix}_accuracy"], row[f"minus{suffix}_accuracy"]) for row in shipped

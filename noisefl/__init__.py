@@ -5,9 +5,11 @@ from noisefl import calibrate as calibrate
 from noisefl import client as client
 from noisefl import evaluate as evaluate
 from noisefl import keys as keys
+from noisefl import mesh as mesh
 from noisefl import models as models
 from noisefl import noise as noise
 from noisefl import simulate as simulate
+from noisefl import sweep as sweep
 from noisefl.config import NEVER as NEVER
 from noisefl.config import Config as Config
 from noisefl.config import Hyper as Hyper

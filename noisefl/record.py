@@ -63,7 +63,7 @@ class RunFolder:
         self.writing = threading.RLock()  # held while a file changes
         self._free = {*may_change, "rounds"}
         self._managers: dict[str, ocp.CheckpointManager] = {}
-        self._lock = _open_and_lock(self.path)
+        self._lock = open_and_lock(self.path)
         try:
             self._stored = self._read_config(resume)
         except ValueError:
@@ -147,7 +147,7 @@ class RunFolder:
         Returns:
           The rows as written.
         """
-        new = [{"run": run, **_plain(row), "seconds": round(seconds, 4)} for row in rows]
+        new = [{"run": run, **plain(row), "seconds": round(seconds, 4)} for row in rows]
         in_order = not self.rows or self._order(self.rows[-1]) < self._order(new[0])
         with self.writing:
             self.rows += new
@@ -170,7 +170,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, which marks the run as complete."""
-        self._write("summary.json", {"rounds": self.options["rounds"], **_plain(summary)})
+        self._write("summary.json", {"rounds": self.options["rounds"], **plain(summary)})
 
     def _order(self, row: Mapping[str, Any]) -> tuple[int, int]:
         return self.runs.index(row["run"]), row["round"]
@@ -248,7 +248,7 @@ class RunFolder:
             os.replace(new, self.path / name)
 
 
-def _open_and_lock(path: Path) -> int | None:
+def open_and_lock(path: Path) -> int | None:
     """Creates and locks a folder; the lock goes with the process, however that ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def _open_and_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: null stands for both."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value

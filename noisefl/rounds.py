@@ -119,6 +119,7 @@ def make_round(
     *,
     optimizer: client.Optimizer | None = None,
     calibrator: Calibrator | None = None,
+    clients_axis: str | None = None,
 ) -> Round:
     """Builds the round of a model and a config.
 
@@ -127,6 +128,8 @@ def make_round(
       config: static options.
       optimizer: of local training, (hyper, round) → optax transformation; default `client.sgd`.
       calibrator: default what `config.calibrator` names.
+      clients_axis: a mapped axis over which the clients of a round are split, e.g. of a
+        `shard_map`; all else in the round is then the same at each of its positions.
 
     Returns:
       Round(init, step).
@@ -217,7 +220,7 @@ def make_round(
         if config.cancellation == "reweight":
             weights = jnp.where(warming, weights, aggregate.halves(weights, signs))
         average, local_accuracy = cohort.weighted_sum(
-            train, (clients, signs), weights, strategy.clients_at_once(config)
+            train, (clients, signs), weights, strategy.clients_at_once(config), clients_axis
         )
 
         # G and W

@@ -116,6 +116,30 @@ def _measure(
     )
 
 
+def chunk_of_rounds(
+    round_: Round, model: nn.Module, config: Config, rounds_per_chunk: int
+) -> Simulation:
+    """`make_simulation` before jit: a pure function, for jit, vmap and `shard_map` of one's own."""
+    if rounds_per_chunk < 1:
+        raise refuse("rounds_per_chunk", rounds_per_chunk, "must be at least 1")
+
+    def simulation(key, state, data, hyper, last_round):
+        def run(state: RoundState) -> tuple[RoundState, Metrics]:
+            new, info = round_.step(keys.stream(key, "round", state.round + 1), state, data, hyper)
+            return new, _measure(model, config, state.base, new, info, data)
+
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1]
+        )
+
+        def body(state: RoundState, _: None) -> tuple[RoundState, Metrics]:
+            return lax.cond(state.round < last_round, run, lambda state: (state, empty), state)
+
+        return lax.scan(body, state, length=rounds_per_chunk)
+
+    return simulation
+
+
 def make_simulation(
     round_: Round, model: nn.Module, config: Config, rounds_per_chunk: int
 ) -> Simulation:
@@ -135,24 +159,7 @@ def make_simulation(
     Raises:
       ValueError: `rounds_per_chunk` below 1.
     """
-    if rounds_per_chunk < 1:
-        raise refuse("rounds_per_chunk", rounds_per_chunk, "must be at least 1")
-
-    def simulation(key, state, data, hyper, last_round):
-        def run(state: RoundState) -> tuple[RoundState, Metrics]:
-            new, info = round_.step(keys.stream(key, "round", state.round + 1), state, data, hyper)
-            return new, _measure(model, config, state.base, new, info, data)
-
-        empty = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1]
-        )
-
-        def body(state: RoundState, _: None) -> tuple[RoundState, Metrics]:
-            return lax.cond(state.round < last_round, run, lambda state: (state, empty), state)
-
-        return lax.scan(body, state, length=rounds_per_chunk)
-
-    return jax.jit(simulation, donate_argnums=1)
+    return jax.jit(chunk_of_rounds(round_, model, config, rounds_per_chunk), donate_argnums=1)
 
 
 def chunks(

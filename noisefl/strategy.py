@@ -31,5 +31,16 @@ def gather(config: Config) -> str:
     return "client" if config.gather == "auto" else config.gather
 
 
+def lanes_side_by_side(lanes: int) -> int:
+    """Lanes of a sweep side by side on one device; on a CPU one keeps a core busy, as a client."""
+    return 1 if _on_cpu() else lanes
+
+
+def lanes_a_device(total: int) -> int:
+    """Lanes of one program on one device before the memory is looked at. On a CPU lanes go in turn:
+    enough of them that devices seldom wait for each other, few enough to be seen to advance."""
+    return min(total, 8 if _on_cpu() else 256)
+
+
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"

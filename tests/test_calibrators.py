@@ -181,8 +181,8 @@ def test_parallel_ships_the_weakest_of_a_batch_that_holds(holds_at, carry):
         np.testing.assert_equal(after, float(result.strength) if found else np.float32(carry))
 
 
-def linear_probe(size: int, classes: int, calls: list | None = None, direction=1.0, offset=None):
-    """Logits exactly linear in the signed strength; labels are those of the base."""
+def linear_probe(size: int, classes: int, direction=1.0, offset=None):
+    """Logits exactly linear in the signed strength."""
     rng = np.random.default_rng(9)
     clean = rng.normal(size=(size, classes)) + (0 if offset is None else offset)
     noise = direction * rng.normal(size=(size, classes))
@@ -192,43 +192,12 @@ def linear_probe(size: int, classes: int, calls: list | None = None, direction=1
         raise AssertionError("never a whole split")
 
     def logits(draw, strengths, images):
-        if calls is not None:
-            calls.append((np.asarray(strengths), np.asarray(images)))
         tables = (jnp.asarray(x, jnp.float32)[images] for x in (clean, noise))
         base, along = tables
         return base + strengths[:, None, None] * along
 
     probe = Probe(jax.random.normal, accuracy, logits, jnp.asarray(labels, jnp.int32))
     return probe, clean, noise, labels
-
-
-@pytest.mark.parametrize("carry", [math.nan, 0.05, 1.0, 6.0])
-@pytest.mark.parametrize("gap", [0.02, 0.1])
-def test_predictive_is_exact_on_linear_logits(gap, carry):
-    """Before any verification, the better copy is on target on the scouts, one step less not."""
-    calls: list = []
-    probe, clean, noise, labels = linear_probe(4000, 5, calls)
-    with jax.disable_jit():
-        result, _ = calibrate.predictive(scouts=400, gap=gap).calibrate(
-            jax.random.key(2),
-            BASE,
-            probe,
-            hyper(strength=0.02, strength_max=20.0, max_tries=1),
-            jnp.float32(carry),
-        )
-    (signed, scouts), *_ = calls
-    assert signed[0] == 0  # the base
-    assert len(set(scouts.tolist())) == 400
-
-    def better(strength: float) -> float:
-        copies = (clean[scouts] + s * noise[scouts] for s in (strength, -strength))
-        return max(np.mean(copy.argmax(axis=1) == labels[scouts]) for copy in copies)
-
-    step = 16 ** (1 / 64)  # of the grid, 65 strengths from 1/4 to 4
-    one = 1.5 / 400  # float32 may break a near tie of one image the other way
-    assert better(float(result.strength)) <= 0.6 - gap + one
-    assert better(float(result.strength) / step) > 0.6 - gap - one
-    assert abs(better(float(result.strength)) - (0.6 - gap)) < 0.05
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.7, 2.0])

@@ -40,15 +40,18 @@ def test_splits_are_disjoint_and_whole(scheme):
         read(images) for images in (data.train_images, data.validation_images, data.test_images)
     )
     assert len(validation) == 60
-    assert sorted([*train, *validation]) == list(range(500))
+    assert len(set(validation)) == 60
+    assert train.tolist() == list(range(500))
     assert test.tolist() == list(range(500, 580))
-    # The clients' images, gathered as a round gathers them, are the training images once each.
+    # The clients' images, gathered as a round gathers them, are the others, once each.
     held = [
         number
         for row, count in zip(data.clients, data.counts, strict=True)
         for number in read(data.train_images[row[:count]])
     ]
-    assert sorted(held) == sorted(train)
+    assert sorted([*held, *validation]) == list(range(500))
+    beyond = np.arange(data.clients.shape[1]) >= np.asarray(data.counts)[:, None]
+    assert not np.asarray(data.clients)[beyond].any()
 
 
 def test_labels_stay_with_their_images():
@@ -72,8 +75,8 @@ def test_types_and_shapes():
     data = federate(numbered(), num_clients=7, seed=0, validation_size=60)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data))
     assert {name: (str(leaf.dtype), leaf.shape) for name, leaf in vars(data).items()} == dict(
-        train_images=("uint8", (440, 4, 3, 1)),
-        train_labels=("int32", (440,)),
+        train_images=("uint8", (500, 4, 3, 1)),
+        train_labels=("int32", (500,)),
         clients=("int32", (7, 63)),
         counts=("int32", (7,)),
         validation_images=("uint8", (60, 4, 3, 1)),
@@ -92,7 +95,7 @@ def test_a_traced_client_gathers_its_images():
         return jnp.sum(jnp.where(valid, data.train_labels[data.clients[client]], 0))
 
     each = [int(total(data, k)) for k in range(7)]
-    assert sum(each) == int(data.train_labels.sum())
+    assert sum(each) == int(data.train_labels.sum() - data.validation_labels.sum())
 
 
 def test_seed_decides_everything():

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Left to right; names on one line do not import each other.
 ORDER = [
     {"config"},
-    {"keys"},
+    {"keys", "mesh"},
     {"data"},
     {"models"},
     {"evaluate", "strategy"},
@@ -26,6 +26,7 @@ ORDER = [
     {"aggregate", "cohort"},
     {"rounds"},
     {"simulate"},
+    {"lanes"},
     {"sweep"},
     {"record"},
 ]

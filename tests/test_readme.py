@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import options
+from experiments import options, sweep_flags
 from noisefl.calibrate import GUARANTEES
 from noisefl.config import CHOICES
 
@@ -30,6 +30,16 @@ def test_command_lines_parse(line, capsys):
     assert (parsed is None) == ("--helpshort" in line)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [line for line in README.splitlines() if line.startswith("python -m experiments.sweep ")],
+)
+def test_sweeps_parse(line):
+    found = sweep_flags.parse(line.split()[2:])
+    assert found is not None
+    assert [axis.flag for axis in found.axes] == ["cap", "calibrator", "seed"]
+
+
 def test_linked_files_exist():
     targets = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert targets
@@ -37,7 +47,7 @@ def test_linked_files_exist():
 
 
 def test_the_examples_run(capsys):
-    call, calibrator = blocks("python")
+    call, calibrator, sweep = blocks("python")
     names: dict = {}
     exec(compile(call.replace("range(1, 6)", "range(1, 3)"), "README.md", "exec"), names)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
@@ -52,6 +62,11 @@ def test_the_examples_run(capsys):
     assert feasible == str(highest <= aim)
     lines = calibrator.split("def doubling")[1].split("init, step")[0].splitlines()
     assert len([line for line in lines if line.strip()]) <= 27  # a few are closing brackets
+
+    exec(compile(sweep.replace("rounds=3", "rounds=1"), "README.md", "exec"), names)
+    assert names["result"].metrics.owner_accuracy.shape == (2, 1)
+    lanes = names["result"].metrics.owner_accuracy
+    assert lanes[0] == lanes[1] > 0  # the same seed, before the cap matters
 
 
 def test_every_calibrator_is_in_the_table():

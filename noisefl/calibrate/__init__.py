@@ -8,6 +8,8 @@ from noisefl.calibrate.base import aim as aim
 from noisefl.calibrate.base import holds as holds
 from noisefl.calibrate.base import no_noise as no_noise
 from noisefl.calibrate.bisection import bisection as bisection
+from noisefl.calibrate.blocks import blocks as blocks
+from noisefl.calibrate.climb import climb as climb
 from noisefl.calibrate.fixed import fixed as fixed
 from noisefl.calibrate.loop import accuracy_loop as accuracy_loop
 from noisefl.calibrate.loop import additive as additive
@@ -17,7 +19,6 @@ from noisefl.calibrate.predictive import predictive as predictive
 from noisefl.calibrate.sequential import sequential as sequential
 from noisefl.calibrate.unverified import snr as snr
 from noisefl.calibrate.unverified import unverified as unverified
-from noisefl.calibrate.verdict import verdict as verdict
 from noisefl.config import Config
 
 BY_NAME = {

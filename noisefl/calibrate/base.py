@@ -57,6 +57,16 @@ class Calibration:
 Carry = Any
 
 
+def num_classes(probe: Probe) -> int:
+    """C, from the shape of the logits."""
+    one = jnp.zeros(1)
+
+    def logits(key: jax.Array) -> jax.Array:
+        return probe.logits(probe.draw(key), one, one.astype(jnp.int32))
+
+    return jax.eval_shape(logits, jax.eval_shape(lambda: jax.random.key(0))).shape[-1]
+
+
 class Calibrator(NamedTuple):
     """A pair of pure functions.
 

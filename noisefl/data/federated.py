@@ -15,7 +15,7 @@ class FederatedData:
     """Device arrays. Pixels stay uint8, a quarter of float32; whoever reads them divides by 255.
 
     Attributes:
-      train_images: uint8 [N, H, W, Ch], the training images left after validation is taken out.
+      train_images: uint8 [N, H, W, Ch], all training images; no client holds one of validation.
       train_labels: int32 [N].
       clients: int32 [K, P], indices into the training images; row k is valid in its first
         `counts[k]` entries and 0 beyond.
@@ -60,8 +60,8 @@ def federate(
       validation_size: V, at least 1 and less than the training images.
 
     Returns:
-      `FederatedData` with N = training images − V. No image is in two of training, validation and
-      test unless the source itself holds it twice.
+      `FederatedData`. No image is in two of a client's table, validation and test unless the source
+      itself holds it twice. Images that are on the device already are shared, not copied.
 
     Raises:
       ValueError: an argument out of range, named with its value.
@@ -83,10 +83,11 @@ def federate(
         alpha=alpha,
         size_sigma=size_sigma,
     )
+    filled = np.arange(table.indices.shape[1]) < table.counts[:, None]
     return FederatedData(
-        train_images=jnp.asarray(dataset.train_images[rest]),
-        train_labels=jnp.asarray(dataset.train_labels[rest]),
-        clients=jnp.asarray(table.indices),
+        train_images=jnp.asarray(dataset.train_images),
+        train_labels=jnp.asarray(dataset.train_labels),
+        clients=jnp.asarray(np.where(filled, rest[table.indices], 0), jnp.int32),
         counts=jnp.asarray(table.counts),
         validation_images=jnp.asarray(dataset.train_images[held]),
         validation_labels=jnp.asarray(dataset.train_labels[held]),

@@ -1,0 +1,128 @@
+"""A ladder of strengths, each put to the sequential test until one passes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from noisefl import evaluate
+from noisefl.calibrate import wager
+from noisefl.calibrate.base import Calibration, Draw, Probe, aim
+from noisefl.calibrate.blocks import Blocks
+from noisefl.config import Hyper
+
+
+class _Climb(NamedTuple):
+    draw: Draw
+    strength: jax.Array  # float32 []
+    attempt: jax.Array  # int32 [], from 1
+    number: jax.Array  # int32 []: of the draw, from 0
+    minus: jax.Array  # bool []: W + ξ has passed, W − ξ is being judged
+    read: jax.Array  # int32 []: blocks that this copy has been judged on
+    wager: wager.Wager  # on this copy
+    holds: jax.Array  # bool []
+    ended: jax.Array  # bool []
+    evaluations: jax.Array  # int32 []
+    samples: jax.Array  # int32 []
+
+
+def climb(
+    probe: Probe,
+    draw_of: Callable[[jax.Array], Draw],
+    start: jax.Array,
+    jury: Blocks,
+    hyper: Hyper,
+    factor: jax.Array | float,
+    chunk: int,
+    redraw: bool = False,
+) -> Calibration:
+    """Tries start, start · factor, … until both copies pass; attempt j spends its share of δ.
+
+    A draw that fails at σ_max is given up for a fresh one, from the start again. With `redraw`
+    every attempt has a fresh draw, as in the source, and those after σ_max stay there. Ends after
+    `max_tries` attempts with the last one, which then does not hold. A copy undecided after all
+    blocks does not pass; without a chunk of blocks none does, and the first attempt is the last.
+
+    The ladder is fixed before the jury is seen, so that all attempts may read the same images: the
+    error rates add up. P(feasible, one copy's accuracy above the aim) ≤ δ, for accuracies on the
+    distribution of the images with the strata's shares as they are in the split.
+
+    One flat loop, a chunk of one copy a step: under vmap lanes then wait for the one that reads
+    most, and not at every copy and attempt.
+
+    Args:
+      probe: of the base.
+      draw_of: int32 [], from 0, counts the fresh draws → draw.
+      start: float32 [], the first strength, at least σ0.
+      jury: images on which neither the base, the draw nor the ladder was chosen.
+      hyper: `cap`, `cap_margin`, `error_rate`, `strength_max`, `max_tries`.
+      factor: between two strengths.
+      chunk: images between two looks, about.
+      redraw: whether each attempt has a fresh draw.
+    """
+    most, strata = jury.images.shape
+    step = max(1, min(chunk // strata, most))
+    target = aim(hyper)
+
+    def look(s: _Climb) -> _Climb:
+        chosen = lax.dynamic_slice_in_dim(jury.images, s.read, step).reshape(-1)
+        signed = jnp.where(s.minus, -s.strength, s.strength)
+        logits = probe.logits(s.draw, signed[None], chosen)[0]
+        right = evaluate.correct(logits, probe.labels[chosen]).reshape(step, strata)
+        # Wrong answers of a dead model prove nothing: a NaN logit is a failure.
+        dead = jnp.any(jnp.isnan(logits))
+        error = hyper.error_rate * wager.share_of_error(s.attempt)
+        bets, outcome = wager.settle(s.wager, right @ jury.weights, target, error)
+        read = s.read + step
+
+        passed = outcome.under & ~dead & (target > 0)
+        failed = ~passed & (outcome.over | dead | (read + step > jury.number))
+        holds = passed & s.minus
+        last = s.attempt >= hyper.max_tries
+        onward = failed & ~last
+        top = s.strength >= hyper.strength_max
+        higher = jnp.minimum(s.strength * factor, hyper.strength_max)
+        renew = onward & (top | redraw)
+        fresh = passed | failed
+        return _Climb(
+            draw=lax.cond(renew, lambda: draw_of(s.number + 1), lambda: s.draw),
+            strength=jnp.where(onward, jnp.where(top & (not redraw), start, higher), s.strength),
+            attempt=s.attempt + onward,
+            number=s.number + renew,
+            minus=passed | (s.minus & ~failed),
+            read=jnp.where(fresh, 0, read),
+            wager=jax.tree.map(lambda new: jnp.where(fresh, 0.0, new), bets),
+            holds=holds,
+            ended=holds | (failed & last),
+            evaluations=s.evaluations + (s.read == 0),
+            samples=s.samples + chosen.size,
+        )
+
+    none, no = jnp.int32(0), jnp.bool_(False)
+    begin = _Climb(
+        draw=draw_of(none),
+        strength=start,
+        attempt=jnp.int32(1),
+        number=none,
+        minus=no,
+        read=none,
+        wager=wager.start(),
+        holds=no,
+        ended=jury.number < step,
+        evaluations=none,
+        samples=none,
+    )
+    end = begin if most == 0 else lax.while_loop(lambda s: ~s.ended, look, begin)
+    nan = jnp.float32(jnp.nan)
+    return Calibration(
+        draw=end.draw,
+        strength=end.strength,
+        feasible=end.holds,
+        plus_accuracy=nan,
+        minus_accuracy=nan,
+        tries=end.attempt,
+        evaluations=end.evaluations,
+        samples=end.samples,
+    )

@@ -1,0 +1,276 @@
+"""The driver of sweeps in this process: its files, reruns, growth, broken runs, refusals.
+
+One program of three lanes is compiled, once a session; most sweeps are of it.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import small_sweeps
+from small_sweeps import assert_complete, contents, found
+
+from experiments import run, sweep, sweep_group, sweep_store
+
+# Seeds vary slowest: the first batch is all of seed 0, whose table of clients is another's width.
+GRID = ("--grid=seed=0:2", "--grid=cap=0.3,0.5", "--partition=lognormal", "--lanes_at_once=3")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> list[str]:
+    jax.devices()  # before `main` can split the CPU for the other tests of this process
+    return small_sweeps.flags(small_sweeps.shared(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    """2 caps × 2 seeds and their 2 FedAvg runs, in two batches of three."""
+    with small_sweeps.alone(small_sweeps.shared(tmp_path_factory), "finished") as out:
+        if out is not None:
+            assert main(*tiny, *GRID, f"--out={out}") == 0
+    return small_sweeps.shared(tmp_path_factory) / "finished"
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def compiled_once(monkeypatch, programs):
+    """Starts of the driver in one test trace and compile nothing but the first."""
+    compile = sweep_group.Lanes.compile
+
+    def remembered(self, on, *args):
+        key = (self.config, self.columns, len(self.group.runs), *args)
+        if key not in programs:
+            programs[key] = compile(self, on, *args)
+        return programs[key]
+
+    monkeypatch.setattr(sweep_group.Lanes, "compile", remembered)
+
+
+def main(*args: str) -> int:
+    return sweep.main(["sweep", *args])
+
+
+def one_line(capsys) -> str:
+    printed, err = capsys.readouterr()
+    assert printed == ""
+    (line,) = err.splitlines()
+    assert line.startswith("experiments.sweep: ")
+    return line
+
+
+# A whole sweep
+
+
+def test_every_run_is_what_the_driver_of_single_runs_makes(tiny, finished, tmp_path):
+    """The run of the narrower table, padded in the sweep: the same rows but for the seconds."""
+    for cap in (0.3, 0.5):
+        out = tmp_path / str(cap)
+        args = (*tiny, "--partition=lognormal", "--seed=1", f"--cap={cap}", f"--out={out}")
+        assert run.main(["run", *args]) == 0
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            del row["seconds"]
+        whole = json.loads((out / "summary.json").read_text())
+        config = json.loads((out / "config.json").read_text())
+        ((ours, noise, summary),) = found(finished, seed=1, cap=cap)
+        assert noise == [row for row in rows if row["run"] == "noise"]
+        assert summary["owner_accuracy"] == whole["owner_accuracy_final"]
+        assert summary["max_shared_accuracy"] == whole["shared_accuracy_max_test"]
+        same = ("protected_rounds", "infeasible_rounds", "calibration_samples", "cap", "rounds")
+        assert [summary[name] for name in same] == [whole[name] for name in same]
+        assert summary["failed"] is None
+        driver = {"out", "resume", "checkpoint_every", "compilation_cache", "rounds_per_chunk"}
+        flags = {k: v for k, v in config["options"].items() if k not in driver}
+        assert (ours["options"], ours["run"]) == (flags, "noise")
+        assert ours["versions"] == config["versions"]
+        ((_, fedavg, _),) = found(finished, seed=1, run="fedavg")
+        assert fedavg == [row for row in rows if row["run"] == "fedavg"]
+
+
+def test_the_folder_says_what_it_holds(finished):
+    assert_complete(finished)
+    planned = json.loads((finished / "sweep.json").read_text())
+    assert planned["grid"] == {"seed": [0, 1], "cap": [0.3, 0.5]}
+    assert len(planned["runs"]) == 6
+    for config, rows, summary in found(finished):
+        assert [row["round"] for row in rows] == [1, 2, 3, 4]
+        assert {row["run"] for row in rows} == {config["run"]}
+        assert summary["rounds"] == 4
+        if config["run"] == "noise":
+            assert any(row["strength"] > 0 for row in rows)
+            reference = json.loads((finished / config["baseline"] / "config.json").read_text())
+            assert (reference["run"], reference["baseline"]) == ("fedavg", None)
+            assert reference["grid"] == {"seed": config["grid"]["seed"]}
+    timings = [json.loads(file.read_text()) for file in finished.glob("runs/*/*/timing.json")]
+    assert all(timing["seconds"] > 0 for timing in timings)
+    assert len({timing["batch"] for timing in timings}) == 2
+
+
+def test_a_second_start_does_nothing_again(tiny, finished, monkeypatch, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished.glob("runs/**/*")}
+    monkeypatch.setattr(sweep_group.Lanes, "compile", lambda *_: pytest.fail("compiled"))
+    assert main(*tiny, *GRID, f"--out={finished}") == 0
+    assert {file: file.stat().st_mtime_ns for file in finished.glob("runs/**/*")} == before
+    printed, err = capsys.readouterr()
+    assert "6 of 6 runs are done already" in err
+    assert f"{finished} holds 6 runs" in printed
+
+
+def test_a_grown_grid_keeps_what_is_done(tiny, finished, copy, monkeypatch):
+    before = {file: file.stat().st_mtime_ns for file in copy.glob("runs/*/*/*")}
+    asked = []
+    inputs = sweep_group.Lanes.inputs
+    monkeypatch.setattr(
+        sweep_group.Lanes, "inputs", lambda *args: asked.append(args[2]) or inputs(*args)
+    )
+    grown = [flag.replace("0.3,0.5", "0.4,0.5,0.3") for flag in GRID]
+    assert main(*tiny, *grown, f"--out={copy}") == 0
+    assert_complete(copy)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    new = found(copy, cap=0.4)
+    assert len(new) == 2
+    assert len(contents(copy)) == len(contents(finished)) + 6
+    assert [sorted(run.grid["cap"] for run in some) for some in asked[1:]] == [[0.4, 0.4]]
+    for config, *_ in new:  # the FedAvg runs that were there serve them too
+        assert (finished / config["baseline"] / "summary.json").exists()
+
+
+def test_a_smaller_grid_is_refused(tiny, copy, capsys):
+    before = {file: file.stat().st_mtime_ns for file in copy.glob("**/*")}
+    fewer = [flag.replace("0.3,0.5", "0.3") for flag in GRID]
+    assert main(*tiny, *fewer, f"--out={copy}") == 2
+    line = one_line(capsys)
+    assert f"out='{copy}'" in line
+    assert "2 runs that this one has not" in line
+    assert main(*tiny, *GRID, "--rounds=5", f"--out={copy}") == 2  # other runs altogether
+    assert "6 runs that this one has not" in one_line(capsys)
+    assert {file: file.stat().st_mtime_ns for file in copy.glob("**/*")} == before
+    assert main(*tiny, *GRID, f"--out={copy}") == 0
+
+
+def test_broken_and_infeasible_runs_are_results(tiny, finished, tmp_path):
+    """Beside others, which do not feel it."""
+    out = tmp_path / "sweep"
+    worse = [flag.replace("0.3,0.5", "0.3,0.03") for flag in GRID]
+    assert main(*tiny, *worse, "--grid=learning_rate=0.1,1e6", f"--out={out}") == 0
+    assert_complete(out)
+    assert len(found(out)) == 2 * 2 * 2 + 2 * 2
+    for config, rows, summary in found(out, learning_rate=1e6):
+        failed = summary["failed"]
+        assert failed["round"] == len(rows) == rows[-1]["round"]
+        assert f"run {config['run']}, round {failed['round']}: " in failed["cause"]
+        assert "learning_rate too large" in failed["cause"]
+        assert [row["finite"] for row in rows] == [True] * (len(rows) - 1) + [False]
+        assert summary["owner_accuracy"] is None
+    kept = contents(finished, "metrics.jsonl", "summary.json")
+    ours = contents(out, "metrics.jsonl", "summary.json")
+    # Caps of 0.3 and FedAvg at this learning rate are in both sweeps, under the same paths.
+    both = set(kept) & set(ours)
+    assert len(both) == 2 * (2 + 2)
+    assert {name: ours[name] for name in both} == {name: kept[name] for name in both}
+    for _, rows, summary in found(out, cap=0.03, learning_rate=0.1):
+        assert summary["failed"] is None
+        assert summary["infeasible_rounds"] == summary["protected_rounds"] == 3
+        assert summary["max_shared_accuracy"] > 0.03
+        assert [row["feasible"] for row in rows] == [True, False, False, False]
+
+
+def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert main(*tiny, *GRID, "--dry_run", f"--out={out}") == 0
+    printed = capsys.readouterr().out
+    assert "6 runs of 4 rounds" in printed
+    assert "1 compilations" in printed
+    assert "nothing was written" in printed
+    (row,) = [line for line in printed.splitlines() if "mlp" in line]
+    assert [cell.strip() for cell in row.split("│")][2:5] == ["6", "3", "2"]
+    assert not out.exists()
+
+
+# Interruptions; tests/test_sweep_kills.py has real ones
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tiny, finished, tmp_path, compiled_once, monkeypatch, capsys
+):
+    """Every start has room for five files more, until the sweep is done."""
+    args = (*tiny, *GRID, f"--out={tmp_path / 'sweep'}")
+    fsync, left, starts = os.fsync, 0, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(sweep_store.os, "fsync", full)
+    for room in [0, 1, 2, 3, 4] + [5] * 20:
+        left, starts = room, starts + 1
+        code = main(*args)
+        if code == 0:
+            break
+        err = capsys.readouterr().err
+        said = [line for line in err.splitlines() if line.startswith("experiments.sweep: ")]
+        assert (code, said) == (2, ["experiments.sweep: [Errno 28] No space left on device"])
+        assert err.splitlines()[-1] == said[0]
+    assert 5 < starts < 20
+    assert_complete(tmp_path / "sweep")
+    assert contents(tmp_path / "sweep") == contents(finished)
+
+
+def test_killed_before_a_finished_batch_is_removed(
+    tiny, finished, tmp_path, compiled_once, monkeypatch
+):
+    """Nothing is left to do for its runs, and yet it must go."""
+    args = (*tiny, *GRID, f"--out={tmp_path / 'sweep'}")
+    for most in (1, 2):  # the first batch, then the last
+        dropped = []
+
+        def drop(self, name, most=most, dropped=dropped):
+            dropped.append(name)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep_store.SweepFolder, "drop_batch", drop)
+            patch.setattr(sweep_store.SweepFolder, "sweep_up", lambda self: None)
+            assert main(*args) == 130
+        assert len(dropped) == 1
+    assert len(list((tmp_path / "sweep").glob("runs/*/*"))) == 6
+    assert main(*args) == 0
+    assert_complete(tmp_path / "sweep")
+    assert contents(tmp_path / "sweep") == contents(finished)
+
+
+def test_a_batch_of_other_devices_begins_anew(
+    tiny, finished, tmp_path, compiled_once, monkeypatch, capsys
+):
+    out = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_store.SweepFolder, "write_run", _interrupted)
+        assert main(*tiny, *GRID, f"--out={out}") == 130
+    (batch,) = out.glob("batches/*/batch.json")
+    batch.write_text(json.dumps({**json.loads(batch.read_text()), "devices": 16}))
+    capsys.readouterr()
+    assert main(*tiny, *GRID, f"--out={out}") == 0
+    assert f"batch {batch.parent.name} was begun on other devices" in capsys.readouterr().err
+    assert_complete(out)
+    assert contents(out) == contents(finished)
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,270 @@
+"""`wager` against plain NumPy in float64, exact expectations and exact error rates.
+
+All answers are computed here from the docstring: a gambler against "accuracy ≥ aim" stakes λ, a
+fraction of 1 / (1 − aim), and has Π (1 + λ (aim − x)) after blocks x; against "accuracy ≤ aim" it
+is 1 / aim and x − aim.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from noisefl.calibrate import wager
+from noisefl.calibrate.wager import BOLDNESS, FUTILE, WEIGHTS
+
+UNLIKELY = 1e-6  # chance of a correct library to fail one binomial bound below
+AIMS = [5e-4, 0.04, 0.3, 0.6, 0.95, 0.9995]
+
+
+def share_of_attempt(attempt: int) -> float:
+    return 0.75 if attempt == 1 else 0.25 / (attempt * (attempt - 1))
+
+
+def stakes(shares, aim: float, over: bool = False) -> np.ndarray:
+    """log(1 + λ · gain), float64 [..., 4], one for each λ."""
+    gain = np.asarray(shares, float) - aim if over else aim - np.asarray(shares, float)
+    most = 1 / aim if over else 1 / (1 - aim)
+    return np.log1p(np.multiply.outer(gain * most, BOLDNESS))
+
+
+def pooled(logs: np.ndarray) -> np.ndarray:
+    """log of the averaged capital, from the log capital of each λ [..., 4]."""
+    top = logs.max(axis=-1)
+    return top + np.log(np.exp(logs - top[..., None]) @ np.asarray(WEIGHTS))
+
+
+def capital(shares, aim: float, over: bool = False) -> np.ndarray:
+    """log of the averaged capital after each block, float64 [k]."""
+    return pooled(np.cumsum(stakes(shares, aim, over), axis=0))
+
+
+def unequal(rng, weights: np.ndarray, mean: float) -> np.ndarray:
+    """Accuracies of strata, as far apart as a random direction allows, of that weighted mean."""
+    way = rng.normal(size=len(weights))
+    way -= weights @ way
+    room = np.where(way > 0, (1 - mean) / way, -mean / way)
+    return np.clip(mean + room.min() * way, 0, 1)
+
+
+@jax.jit
+@jax.vmap
+def in_chunks(chunks, aim, error):
+    """settle() over chunks [c, k], and the outcome after each: [c]."""
+
+    def step(before, shares):
+        return wager.settle(before, shares, aim, error)
+
+    return jax.lax.scan(step, wager.start(), chunks)
+
+
+@pytest.mark.parametrize(("chunks", "size"), [(1, 40), (8, 5), (40, 1)])
+def test_capital_and_outcome_are_those_of_a_loop(chunks, size):
+    """A bound crossed at any block counts, even where the capital is lower at the chunk's end."""
+    rng, count = np.random.default_rng(size), 400
+    aims = rng.uniform(0.03, 0.97, count).astype(np.float32)
+    errors = rng.choice([0.3, 0.05, 0.0075, 1e-4], count).astype(np.float32)
+    middle = np.clip(aims + rng.normal(0, 0.2, count), 0, 1)[:, None]
+    shares = np.clip(rng.normal(middle, 0.2, (count, chunks * size)), 0, 1).astype(np.float32)
+    found, seen = in_chunks(shares.reshape(count, chunks, size), aims, errors)
+    kinds = set()  # (over, crossed in a chunk, still beyond the bound at its end)
+    for i in range(count):
+        for over, bound in ((False, errors[i]), (True, FUTILE)):
+            logs = np.cumsum(stakes(shares[i], aims[i], over), axis=0)
+            ours = (found.over if over else found.under)[i]
+            np.testing.assert_allclose(ours, logs[-1], rtol=1e-4, atol=1e-3)
+            reached = pooled(logs) + math.log(bound)
+            if np.abs(reached).min() < 1e-3:  # float32 may fall on the other side
+                continue
+            beyond = reached.reshape(chunks, size) >= 0
+            expected = np.any(beyond, axis=1)
+            np.testing.assert_array_equal((seen.over if over else seen.under)[i], expected)
+            kinds |= {(over, expected[c], beyond[c, -1]) for c in range(chunks)}
+    inside = {(False, True, False), (True, True, False)} if size > 1 else set()
+    assert kinds == {*inside, *itertools.product((False, True), [False], [False])} | {
+        (False, True, True),
+        (True, True, True),
+    }
+
+
+def test_a_start_is_worth_one():
+    np.testing.assert_array_equal(np.asarray(wager.start()), np.zeros((2, len(WEIGHTS))))
+    assert sum(WEIGHTS) == pytest.approx(1, abs=1e-12)
+    assert min(WEIGHTS) > 0
+    assert 0 < min(BOLDNESS) <= max(BOLDNESS) < 1
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_the_capital_is_a_supermartingale(aim):
+    """Summed over all outcomes of three blocks of strata of unequal weights and accuracies."""
+    rng, aim = np.random.default_rng(1), float(np.float32(aim))
+    bits = np.array(list(itertools.product((0, 1), repeat=3)))
+    plays = np.array(list(itertools.product(range(8), repeat=3)))
+    for _ in range(4):
+        weights = rng.dirichlet([1.0] * 3)
+        shares = (bits.astype(np.float32) @ weights.astype(np.float32))[plays]
+        every = np.full(len(plays), aim), np.full(len(plays), 0.05)
+        found, _ = in_chunks(shares[:, None], *every)
+        assert np.isfinite(np.asarray(found)).all()
+        for mean in (aim, aim + 0.2 * (1 - aim), aim + 0.9 * (1 - aim), 1.0, 0.8 * aim):
+            p = unequal(rng, weights, mean)
+            chance = np.prod(np.where(bits, p, 1 - p), axis=1)[plays].prod(axis=1)
+            under, over = (chance @ np.exp(np.asarray(w, float)) for w in found)
+            if mean >= aim:
+                assert under.max() <= 1 + 1e-3
+            if mean <= aim:
+                assert over.max() <= 1 + 1e-3
+            if mean == aim:  # then a martingale
+                np.testing.assert_allclose([under, over], 1, atol=1e-3)
+
+
+def crossings(strata, aim: float, error: float, blocks: int) -> tuple[float, float]:
+    """P(under, ever), P(over first) of blocks of strata ((weight, accuracy), …), exactly.
+
+    Blocks of at most three different shares, so that two counts are all there is to know.
+    """
+    atoms: dict[float, float] = {}
+    for bits in itertools.product((0, 1), repeat=len(strata)):
+        x = round(sum(w * b for (w, _), b in zip(strata, bits, strict=True)), 12)
+        q = math.prod(p if b else 1 - p for (_, p), b in zip(strata, bits, strict=True))
+        if q > 0:
+            atoms[x] = atoms.get(x, 0) + q
+    assert len(atoms) <= 3
+    values, chances = [*atoms, 0.0, 0.0][:3], [*atoms.values(), 0.0, 0.0][:3]
+    sides = {over: stakes(values, aim, over) for over in (False, True)}
+    alive, under, given_up = np.ones((1, 1)), 0.0, 0.0  # alive[a, b]: undecided, with those counts
+    for block in range(1, blocks + 1):
+        wider = np.zeros((len(alive) + 1, alive.shape[1] + (len(atoms) > 2)))
+        for (down, right), q in zip(((0, 0), (1, 0), (0, 1)), chances, strict=True):
+            if q > 0:
+                wider[down : down + len(alive), right : right + alive.shape[1]] += q * alive
+        alive = wider
+        a, b = np.indices(alive.shape)
+        counts = np.stack([block - a - b, a, b], axis=-1)
+        yes, no = (
+            pooled(counts @ sides[over]) >= -math.log(bound)
+            for over, bound in ((False, error), (True, FUTILE))
+        )
+        under, given_up = under + alive[yes].sum(), given_up + alive[no & ~yes].sum()
+        alive = np.where(yes | no, 0, alive)
+    return under, given_up
+
+
+def populations(mean: float) -> dict[str, list[tuple[float, float]]]:
+    """(weight, accuracy) of each stratum, with that mean."""
+    far, known = min(mean, 1 - mean), float(mean > 0.5)
+    return {
+        "one image": [(1.0, mean)],
+        "two apart": [(0.5, mean + 0.9 * far), (0.5, mean - 0.9 * far)],
+        "one known": [(0.5, known), (0.5, 2 * mean - known)],
+        "a light one known": [(w := 0.7 * far, known), (1 - w, (mean - w * known) / (1 - w))],
+    }
+
+
+@pytest.mark.parametrize("kind", populations(0.5))
+@pytest.mark.parametrize("error", [0.0075, 0.05, 0.3])
+@pytest.mark.parametrize("aim", [0.15, 0.6, 0.9])
+def test_exact_error_rates(aim, error, kind):
+    """Of the definition, which `test_capital_and_outcome_are_those_of_a_loop` ties to the library.
+
+    Against copies exactly at the aim the bound is not idle, whatever the strata.
+    """
+
+    blocks = 80 if kind == "two apart" else 300
+    lower, at_aim, higher = (
+        crossings(populations(mean)[kind], aim, error, blocks)
+        for mean in (aim - 0.02, aim, aim + 0.02)
+    )
+    assert error / 40 < at_aim[0] <= error
+    assert FUTILE / 40 < at_aim[1] <= FUTILE
+    assert higher[0] <= error
+    assert lower[1] <= FUTILE
+
+
+@pytest.mark.parametrize("error", [0.0075, 0.05, 0.3])
+@pytest.mark.parametrize(("right", "size"), [(60, 100), (15, 100), (9, 10), (3, 4), (135, 150)])
+def test_exact_error_rates_without_replacement(right, size, error):
+    """A split whose accuracy is exactly the aim, all of it read: no theorem, but no more errors.
+
+    So it is where strata hold several classes, of which a split has fixed numbers.
+    """
+    win, lose = stakes(0, right / size), stakes(1, right / size)
+    alive, under = np.array([1.0]), 0.0  # alive[r]: not yet under, with r right
+    for read in range(1, size + 1):
+        seen = np.arange(read)
+        one = np.clip((right - seen) / (size - read + 1), 0, 1)
+        alive = np.append(alive * (1 - one), 0) + np.append(0, alive * one)
+        seen = np.arange(read + 1)
+        yes = pooled(np.multiply.outer(read - seen, win) + np.multiply.outer(seen, lose))
+        under += alive[yes >= -math.log(error)].sum()
+        alive = np.where(yes >= -math.log(error), 0, alive)
+    assert 0 <= under <= error
+
+
+def simulated(weights, accuracies, aim: float, error: float, count: int):
+    """(under, over) bool [count, 30] after each four of 120 blocks, by the library."""
+    rng = np.random.default_rng(7)
+    bits = rng.random((count, 30, 4, len(weights)), np.float32) < accuracies
+    shares = (bits @ np.asarray(weights)).astype(np.float32)
+    _, seen = in_chunks(shares, np.full(count, aim), np.full(count, error))
+    return jax.tree.map(np.asarray, (seen.under, seen.over))
+
+
+@pytest.mark.parametrize("error", [0.01, 0.2])
+@pytest.mark.parametrize("aim", [0.3, 0.6, 0.9])
+def test_error_rates_where_classes_differ(aim, error):
+    """Ten strata of unequal weights, some nearly always right and others nearly never."""
+    rng, count, worst = np.random.default_rng(int(100 * aim)), 4000, 0
+    for concentration in (0.5, 20.0):
+        weights = rng.dirichlet(10 * [concentration])
+        p = unequal(rng, weights, aim)
+        assert np.ptp(p) > 0.5 * min(aim, 1 - aim)
+        assert weights @ p == pytest.approx(aim)
+        under, over = (side.any(axis=1).sum() for side in simulated(weights, p, aim, error, count))
+        assert under <= stats.binom.ppf(1 - UNLIKELY, count, error)
+        assert over <= stats.binom.ppf(1 - UNLIKELY, count, FUTILE)
+        worst = max(worst, under)
+    assert worst > count * error / 4
+
+
+def test_strata_save_images():
+    """Five points below the aim, all is shown sooner where classes explain most of the answers."""
+    shown = []
+    for p in (0.55 + np.tile([0.42, -0.42], 5), np.full(10, 0.55)):
+        under, over = simulated(np.full(10, 0.1), p, 0.6, 0.01, 1000)
+        assert over.any(axis=1).mean() < 0.01
+        shown.append(under[:, :20].any(axis=1).mean())  # of 80 blocks
+    assert shown[0] > 0.85
+    assert shown[1] < 0.6
+
+
+@pytest.mark.parametrize("aim", [5e-4, 1e-6])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_an_aim_near_zero_accepts_no_accurate_copy(aim, share):
+    """`check_hyper` allows any cap in (0, 1) and any margin below."""
+    shares = np.where(np.arange(400) % 2, share, 2 * share - 1).reshape(1, 100, 4)
+    found, seen = in_chunks(shares.astype(np.float32), *np.array([[aim], [0.01]]))
+    assert not seen.under.any()
+    assert seen.over[0, 0]
+    assert not np.isnan(np.asarray(found)).any()
+
+
+def test_an_aim_near_one_accepts_weak_copies_alone():
+    for share in (0.0, 0.9, 1.0):
+        shares = np.full((1, 100, 4), share, np.float32)
+        found, seen = in_chunks(shares, *np.array([[0.9995], [0.01]]))
+        assert seen.under.any() == (share < 1)
+        assert not np.isnan(np.asarray(found)).any()
+
+
+def test_shares_of_error_sum_to_one():
+    """Σ_{j=2}^{J} 1/(j(j − 1)) = 1 − 1/J, so that the shares of J attempts are 1 − 1/(4J)."""
+    number = np.arange(1, 5001)
+    shares = np.asarray(jax.vmap(wager.share_of_error)(jnp.asarray(number)), np.float64)
+    assert np.all(shares > 0)
+    np.testing.assert_allclose(np.cumsum(shares), 1 - 0.25 / number, rtol=1e-6)
+    np.testing.assert_allclose(shares[:9], [share_of_attempt(j) for j in range(1, 10)], rtol=1e-6)
