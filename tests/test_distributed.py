@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_sweeps
@@ -49,21 +50,32 @@ def run_both(processes: Processes, *args: str) -> None:
     assert [len(lines) for lines in holds] == [1, 0]
 
 
-def assert_same_runs(out: Path, uninterrupted: Path) -> None:
+def assert_same_runs(out: Path, uninterrupted: Path, exact: bool) -> None:
     """Every number of every round but one ratio of sums, which XLA fuses otherwise for more than
-    one device and which nothing depends on."""
+    one device and which nothing depends on.
+
+    Not exact: but for two images of an accuracy; and runs at a learning rate of 10, in which no
+    difference stays small, need only be there.
+    """
     assert_complete(out)
     ours, theirs = found(out), found(uninterrupted)
     wanted = {_path(config): (rows, summary) for config, rows, summary in theirs}
     assert len(ours) == 8
     for config, rows, summary in ours:
         their_rows, their_summary = wanted[_path(config)]
-        assert summary == their_summary
+        if not exact and config["options"]["learning_rate"] == 10:
+            continue
+        if exact:
+            assert summary == their_summary
         for row, their_row in zip(rows, their_rows, strict=True):
-            ratio, theirs = row.pop("relative_strength"), their_row.pop("relative_strength")
-            assert row == their_row
-            if row["finite"]:
-                assert ratio == pytest.approx(theirs, rel=1e-6, abs=0)
+            ratio, their_ratio = (some.pop("relative_strength") for some in (row, their_row))
+            assert row == (their_row if exact else {k: _near(v) for k, v in their_row.items()})
+            if row["finite"] and exact:
+                assert ratio == pytest.approx(their_ratio, rel=1e-6, abs=0)
+
+
+def _near(value: Any) -> Any:
+    return pytest.approx(value, rel=0, abs=0.035) if isinstance(value, float) else value
 
 
 def _path(config: dict) -> str:
@@ -95,7 +107,7 @@ def test_one_is_killed_and_both_go_on(args, uninterrupted, processes, tmp_path, 
     assert "another process of the sweep is gone" in err or "Terminating process" in err
     assert len(list(out.glob("runs/*/seed=*"))) < 8  # in the middle
     run_both(processes, *command)
-    assert_same_runs(out, uninterrupted)
+    assert_same_runs(out, uninterrupted, exact=not more)
 
 
 def test_a_refusal_by_the_first_ends_the_second(args, uninterrupted, processes, tmp_path):

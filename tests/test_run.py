@@ -235,7 +235,7 @@ def test_interrupted_while_loading_is_one_line_too(tiny, tmp_path, capsys, monke
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "load", interrupted)
+    monkeypatch.setattr(run, "dataset_of", interrupted)
     assert main(*tiny, f"--out={tmp_path / 'run'}") == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("--resume")

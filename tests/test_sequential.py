@@ -203,7 +203,7 @@ def test_a_tiny_split_ends(name, labels):
     assert not result.feasible
 
 
-CLIMBER = calibrate.sequential(chunk=60)
+CLIMBER, FORETELLER = calibrate.sequential(chunk=60), calibrate.predictive(chunk=30)
 
 
 @pytest.mark.parametrize(("carry", "start"), [(math.nan, 0.5), (0.6, 0.5), (1.0, 0.7), (99.0, 2.5)])
@@ -219,3 +219,23 @@ def test_sequential_climbs_its_ladder_with_fresh_draws(carry, start):
     assert (bool(result.feasible), int(result.tries), float(result.draw)) == (False, 7, draws[-1])
     assert result.strength == pytest.approx(expected[-1])
     np.testing.assert_equal(after, np.float32(carry))
+
+
+def test_predictive_gives_up_a_draw_at_the_largest_strength():
+    """All images right: the strongest is foretold, and there each attempt has a draw of its own.
+
+    Scouts, who are half of a small split, saw the first of them alone.
+    """
+    numbers = {"strength": 0.5, "strength_max": 2.5, "max_tries": 5}
+    case = (FORETELLER, all_right, [0, 1, 2] * 20, np.float32(math.nan), 3)
+    result, after, calls = calibrated(*case, **numbers)
+    draws = [float(draw) for signed, _, draw in calls if signed.tolist() == [2.5]]
+    assert len(set(draws)) == len(draws) == 5
+    seen = {float(draw) for signed, _, draw in calls if len(signed) == 2}
+    assert len(seen) == 3
+    assert {len(images) for _, images, _ in calls} == {30}
+    assert {i for _, images, _ in calls for i in images.tolist()} == {*range(60)}
+    assert seen & set(draws) == {draws[0]}
+    assert (bool(result.feasible), int(result.tries), float(result.draw)) == (False, 5, draws[-1])
+    assert result.strength == 2.5
+    assert math.isnan(after)

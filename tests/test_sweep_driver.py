@@ -1,24 +1,18 @@
-"""The driver of sweeps in this process: its files, reruns, growth, broken runs, refusals.
+"""The driver of sweeps in this process: its files, reruns, growth, broken runs.
 
 One program of three lanes is compiled, once a session; most sweeps are of it.
 """
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
 import small_sweeps
-from small_sweeps import assert_complete, contents, found
+from small_sweeps import SHORT, assert_complete, contents, found
 
-from experiments import run, sweep, sweep_group, sweep_store
-
-# Seeds vary slowest: the first batch is all of seed 0, whose table of clients is another's width.
-GRID = ("--grid=seed=0:2", "--grid=cap=0.3,0.5", "--partition=lognormal", "--lanes_at_once=3")
+from experiments import run, sweep, sweep_group
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +23,12 @@ def tiny(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory) -> Path:
-    """2 caps × 2 seeds and their 2 FedAvg runs, in two batches of three."""
-    with small_sweeps.alone(small_sweeps.shared(tmp_path_factory), "finished") as out:
-        if out is not None:
-            assert main(*tiny, *GRID, f"--out={out}") == 0
-    return small_sweeps.shared(tmp_path_factory) / "finished"
+    return small_sweeps.finished(tmp_path_factory, main)
 
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture(scope="module")
-def programs() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture
-def compiled_once(monkeypatch, programs):
-    """Starts of the driver in one test trace and compile nothing but the first."""
-    compile = sweep_group.Lanes.compile
-
-    def remembered(self, on, *args):
-        key = (self.config, self.columns, len(self.group.runs), *args)
-        if key not in programs:
-            programs[key] = compile(self, on, *args)
-        return programs[key]
-
-    monkeypatch.setattr(sweep_group.Lanes, "compile", remembered)
 
 
 def main(*args: str) -> int:
@@ -123,7 +94,7 @@ def test_the_folder_says_what_it_holds(finished):
 def test_a_second_start_does_nothing_again(tiny, finished, monkeypatch, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.glob("runs/**/*")}
     monkeypatch.setattr(sweep_group.Lanes, "compile", lambda *_: pytest.fail("compiled"))
-    assert main(*tiny, *GRID, f"--out={finished}") == 0
+    assert main(*tiny, *SHORT, f"--out={finished}") == 0
     assert {file: file.stat().st_mtime_ns for file in finished.glob("runs/**/*")} == before
     printed, err = capsys.readouterr()
     assert "6 of 6 runs are done already" in err
@@ -137,7 +108,7 @@ def test_a_grown_grid_keeps_what_is_done(tiny, finished, copy, monkeypatch):
     monkeypatch.setattr(
         sweep_group.Lanes, "inputs", lambda *args: asked.append(args[2]) or inputs(*args)
     )
-    grown = [flag.replace("0.3,0.5", "0.4,0.5,0.3") for flag in GRID]
+    grown = [flag.replace("0.3,0.5", "0.4,0.5,0.3") for flag in SHORT]
     assert main(*tiny, *grown, f"--out={copy}") == 0
     assert_complete(copy)
     assert {file: file.stat().st_mtime_ns for file in before} == before
@@ -151,21 +122,21 @@ def test_a_grown_grid_keeps_what_is_done(tiny, finished, copy, monkeypatch):
 
 def test_a_smaller_grid_is_refused(tiny, copy, capsys):
     before = {file: file.stat().st_mtime_ns for file in copy.glob("**/*")}
-    fewer = [flag.replace("0.3,0.5", "0.3") for flag in GRID]
+    fewer = [flag.replace("0.3,0.5", "0.3") for flag in SHORT]
     assert main(*tiny, *fewer, f"--out={copy}") == 2
     line = one_line(capsys)
     assert f"out='{copy}'" in line
     assert "2 runs that this one has not" in line
-    assert main(*tiny, *GRID, "--rounds=5", f"--out={copy}") == 2  # other runs altogether
+    assert main(*tiny, *SHORT, "--rounds=5", f"--out={copy}") == 2  # other runs altogether
     assert "6 runs that this one has not" in one_line(capsys)
     assert {file: file.stat().st_mtime_ns for file in copy.glob("**/*")} == before
-    assert main(*tiny, *GRID, f"--out={copy}") == 0
+    assert main(*tiny, *SHORT, f"--out={copy}") == 0
 
 
 def test_broken_and_infeasible_runs_are_results(tiny, finished, tmp_path):
     """Beside others, which do not feel it."""
     out = tmp_path / "sweep"
-    worse = [flag.replace("0.3,0.5", "0.3,0.03") for flag in GRID]
+    worse = [flag.replace("0.3,0.5", "0.3,0.03") for flag in SHORT]
     assert main(*tiny, *worse, "--grid=learning_rate=0.1,1e6", f"--out={out}") == 0
     assert_complete(out)
     assert len(found(out)) == 2 * 2 * 2 + 2 * 2
@@ -191,7 +162,7 @@ def test_broken_and_infeasible_runs_are_results(tiny, finished, tmp_path):
 
 def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys):
     out = tmp_path / "sweep"
-    assert main(*tiny, *GRID, "--dry_run", f"--out={out}") == 0
+    assert main(*tiny, *SHORT, "--dry_run", f"--out={out}") == 0
     printed = capsys.readouterr().out
     assert "6 runs of 4 rounds" in printed
     assert "1 compilations" in printed
@@ -199,78 +170,3 @@ def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys):
     (row,) = [line for line in printed.splitlines() if "mlp" in line]
     assert [cell.strip() for cell in row.split("│")][2:5] == ["6", "3", "2"]
     assert not out.exists()
-
-
-# Interruptions; tests/test_sweep_kills.py has real ones
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(
-    tiny, finished, tmp_path, compiled_once, monkeypatch, capsys
-):
-    """Every start has room for five files more, until the sweep is done."""
-    args = (*tiny, *GRID, f"--out={tmp_path / 'sweep'}")
-    fsync, left, starts = os.fsync, 0, 0
-
-    def full(descriptor: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr(sweep_store.os, "fsync", full)
-    for room in [0, 1, 2, 3, 4] + [5] * 20:
-        left, starts = room, starts + 1
-        code = main(*args)
-        if code == 0:
-            break
-        err = capsys.readouterr().err
-        said = [line for line in err.splitlines() if line.startswith("experiments.sweep: ")]
-        assert (code, said) == (2, ["experiments.sweep: [Errno 28] No space left on device"])
-        assert err.splitlines()[-1] == said[0]
-    assert 5 < starts < 20
-    assert_complete(tmp_path / "sweep")
-    assert contents(tmp_path / "sweep") == contents(finished)
-
-
-def test_killed_before_a_finished_batch_is_removed(
-    tiny, finished, tmp_path, compiled_once, monkeypatch
-):
-    """Nothing is left to do for its runs, and yet it must go."""
-    args = (*tiny, *GRID, f"--out={tmp_path / 'sweep'}")
-    for most in (1, 2):  # the first batch, then the last
-        dropped = []
-
-        def drop(self, name, most=most, dropped=dropped):
-            dropped.append(name)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sweep_store.SweepFolder, "drop_batch", drop)
-            patch.setattr(sweep_store.SweepFolder, "sweep_up", lambda self: None)
-            assert main(*args) == 130
-        assert len(dropped) == 1
-    assert len(list((tmp_path / "sweep").glob("runs/*/*"))) == 6
-    assert main(*args) == 0
-    assert_complete(tmp_path / "sweep")
-    assert contents(tmp_path / "sweep") == contents(finished)
-
-
-def test_a_batch_of_other_devices_begins_anew(
-    tiny, finished, tmp_path, compiled_once, monkeypatch, capsys
-):
-    out = tmp_path / "sweep"
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep_store.SweepFolder, "write_run", _interrupted)
-        assert main(*tiny, *GRID, f"--out={out}") == 130
-    (batch,) = out.glob("batches/*/batch.json")
-    batch.write_text(json.dumps({**json.loads(batch.read_text()), "devices": 16}))
-    capsys.readouterr()
-    assert main(*tiny, *GRID, f"--out={out}") == 0
-    assert f"batch {batch.parent.name} was begun on other devices" in capsys.readouterr().err
-    assert_complete(out)
-    assert contents(out) == contents(finished)
-
-
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt

@@ -134,6 +134,13 @@ def test_help_is_a_page_with_every_flag(capsys):
         assert any(line.startswith(f"  --{name} ") for line in lines), name
 
 
+def test_fedavg_is_run_unless_it_is_not_wanted():
+    for args, wanted in (([], True), (["--nobaseline"], False), (["--baseline"], True)):
+        parsed = sweep_flags.parse(["sweep", *args])
+        assert parsed is not None
+        assert parsed.baseline is wanted
+
+
 def test_the_folder_is_named_after_the_preset():
     parsed = sweep_flags.parse(["sweep", "--flagfile=mcmahan", "--grid=cap=0.3"])
     assert parsed is not None

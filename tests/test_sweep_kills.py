@@ -41,6 +41,11 @@ def test_the_sweep_is_worth_interrupting(uninterrupted):
     assert_complete(uninterrupted)
     runs = small_sweeps.found(uninterrupted)
     assert len(runs) == 12
+    for _, rows, summary in runs:  # in chunks of two rounds, the last of which is not full
+        rounds = summary["failed"]["round"] if summary["failed"] else 7
+        assert [row["round"] for row in rows] == list(range(1, rounds + 1))
+        sound = [True] * (rounds - 1) + [summary["failed"] is None]
+        assert [row["finite"] for row in rows] == sound
     failed = [summary["failed"]["round"] for *_, summary in runs if summary["failed"]]
     assert len(failed) > 3
     assert set(failed) == {2, 3}
@@ -119,21 +124,21 @@ def a_second_driver_is_refused(args: tuple[str, ...], capsys) -> None:
     assert "another process is writing there" in line
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone has it")
 def test_no_room_for_a_checkpoint_is_one_line(tiny, uninterrupted, processes, tmp_path):
     """Files of the checkpoints are written by other code than ours, and it fails otherwise."""
     out = tmp_path / "sweep"
     args = (*tiny, "--grid=learning_rate=0.1", "--calibrator=geometric", SEEDS, f"--out={out}")
 
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    code, err = processes.run(*args, preexec_fn=small_files_only)
+    process = processes.start(*args)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    err = process.communicate(timeout=small_sweeps.LIMIT)[1]
     said = [line for line in err.splitlines() if line.startswith("experiments.sweep: ")]
-    assert (code, len(said)) == (2, 1), err
+    assert (process.returncode, len(said)) == (2, 1), err
     assert "File too large" in said[0]
     (batch,) = out.glob("batches/*")
     rows = (batch / "metrics-0.jsonl").read_text().splitlines()
-    assert [json.loads(row)["round"] for row in rows if row] == [1] * 4
+    assert [json.loads(row)["round"] for row in rows if row] == [1, 2] * 4
     assert not list(out.glob("runs/*/*"))
     code, err = processes.run(*args)
     assert code == 0, err
