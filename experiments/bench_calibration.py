@@ -51,10 +51,14 @@ _QUICK = flags.DEFINE_bool("quick", False, "at most 3 minutes on two cores")
 _CALIBRATORS = flags.DEFINE_list("calibrators", list(CHOICES["calibrator"]), "which, of all")
 _MODEL = flags.DEFINE_enum("model", "lenet5", list(MODELS), "model")
 _LAYERS = flags.DEFINE_string("noise_layers", "last", "as in experiments.run")
-_SEEDS = flags.DEFINE_integer("seeds", 0, "seeds of the bases and runs; 0: 1 quick, else 4")
-_REPEATS = flags.DEFINE_integer("repeats", 0, "keys a base; 0: 3 quick, else 7")
-_ROUNDS = flags.DEFINE_integer("rounds", 0, "of whole runs; 0: 4 quick, else 15")
-_LANES = flags.DEFINE_integer("lanes", 32, "side by side under vmap, not with --quick; 0: none")
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 0, "seeds of the bases and runs; 0: 1 quick, else 4", lower_bound=0
+)
+_REPEATS = flags.DEFINE_integer("repeats", 0, "keys a base; 0: 3 quick, else 7", lower_bound=0)
+_ROUNDS = flags.DEFINE_integer("rounds", 0, "of whole runs; 0: 4 quick, else 15", lower_bound=0)
+_LANES = flags.DEFINE_integer(
+    "lanes", 32, "side by side under vmap, not with --quick; 0: none", lower_bound=0
+)
 _JSON = flags.DEFINE_string("json", None, "file for the results")
 _PICTURE = flags.DEFINE_string("picture", "results/calibration.png", "file for the picture")
 
@@ -98,7 +102,6 @@ def main(argv: list[str]) -> None:
     console.print(table(results, title))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n")
-    Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
     picture(results, _PICTURE.value)
     console.print(f"picture: {_PICTURE.value}")
 
@@ -110,8 +113,11 @@ def check(argv: list[str]) -> None:
     for name in _CALIBRATORS.value:
         if name not in CHOICES["calibrator"]:
             raise refuse("calibrators", name, nearest(name, CHOICES["calibrator"]))
+    if _ROUNDS.value == 1:
+        raise refuse("rounds", 1, "must be 0 or at least 2: the first has no noise")
     if _JSON.value:
         Path(_JSON.value).touch()
+    Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
     noise.target(by_name(_MODEL.value, 10), config("predictive"))
 
 
@@ -221,6 +227,7 @@ def measure(
     return {
         **summary(name, rows),
         "wall_seconds": float(np.median(seconds)),
+        "wall_seconds_mean": float(np.mean(seconds)),
         "wall_share": float(np.median(seconds) / (np.median(seconds) + round_seconds)),
         **({} if _QUICK.value else lanes(compiled, bases[-1])),
     }

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from experiments.provenance import provenance
 
-_LANES = flags.DEFINE_integer("lanes", 16, "runs of the sweeps")
-_ROUNDS = flags.DEFINE_integer("rounds", 30, "of each run")
+_LANES = flags.DEFINE_integer("lanes", 16, "runs of the sweeps", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 30, "of each run", lower_bound=1)
 _PRESET = flags.DEFINE_string("preset", "quickstart", "a preset of experiments.run, or a file")
 _CPU_DEVICES = flags.DEFINE_list("cpu_devices", ["1", "2", "4"], "of one process")
 _PROCESSES = flags.DEFINE_list("processes", ["2"], "more set-ups, with a device in each process")

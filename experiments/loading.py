@@ -1,7 +1,9 @@
 """From options to data and a model that takes them; complaints are about flags."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from flax import linen as nn
 from experiments.options import FEDERATE, Options
 from noisefl import Dataset, FederatedData, federate, load
 from noisefl.config import refuse
+from noisefl.data import holdings
 from noisefl.models import by_name
 
 
@@ -31,10 +34,14 @@ def dataset_of(name: str, data_dir: str | None) -> Dataset:
 
 def federated(dataset: Dataset, federation: dict[str, Any]) -> FederatedData:
     """`federate`, whose complaints about arguments become ones about flags."""
-    try:
+    with _in_flags():
         return federate(dataset, **federation)
-    except ValueError as error:
-        raise ValueError(_in_flags(str(error))) from None
+
+
+def table_width(dataset: Dataset, federation: dict[str, Any]) -> int:
+    """Columns of the table of `federated`, in a tenth of its time; complains as it does."""
+    with _in_flags():
+        return holdings(dataset.train_labels, **federation).clients.shape[1]
 
 
 def model_of(options: Options, dataset: Dataset) -> nn.Module:
@@ -49,8 +56,14 @@ def model_of(options: Options, dataset: Dataset) -> nn.Module:
     return model
 
 
-def _in_flags(message: str) -> str:
-    for flag, name in FEDERATE.items():
-        if message.startswith(f"{name}="):
-            return flag + message.removeprefix(name)
-    return message
+@contextlib.contextmanager
+def _in_flags() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for flag, name in FEDERATE.items():
+            if message.startswith(f"{name}="):
+                message = flag + message.removeprefix(name)
+                break
+        raise ValueError(message) from None

@@ -183,7 +183,10 @@ def report(folder: RunFolder, options: Options, what: str) -> int:
 
 
 def complain(message: str) -> None:
-    print("experiments.run:", " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.stderr.write(
+        f"experiments.run: {' '.join(message.split())}\n"
+    )  # at once, beside other threads
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ _EPOCHS = flags.DEFINE_integer("local_epochs", 1, "E", lower_bound=1)
 _RATES = flags.DEFINE_list("learning_rates", ["0.1", "0.2"], "candidates for η")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "the first chooses η; all run with it")
 _TARGET = flags.DEFINE_float("target", 0.99, "accuracy, a share of 1")
-_TRIAL = flags.DEFINE_integer("trial_rounds", 15, "rounds after which η is chosen on validation")
-_ROUNDS = flags.DEFINE_integer("rounds", 60, "give up after so many")
+_TRIAL = flags.DEFINE_integer(
+    "trial_rounds", 15, "rounds after which η is chosen on validation", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 60, "give up after so many", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ from experiments.summary import summarise
 
 _OUT = flags.DEFINE_string("out", "results/readings", "folder of the study")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "seeds, comma-separated")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "rounds of each run")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "rounds of each run", lower_bound=1)
 _ONLY = flags.DEFINE_multi_string("only", None, "a reading to run, repeatedly; all if not given")
 
 # The literal loop takes up to 60 tries a round on 5,000 images. All other rows raise σ by a factor,

@@ -255,7 +255,10 @@ def _leave(code: int) -> int:
 
 
 def complain(message: str) -> None:
-    print("experiments.sweep:", " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.stderr.write(
+        f"experiments.sweep: {' '.join(message.split())}\n"
+    )  # at once, beside other threads
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

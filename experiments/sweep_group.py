@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from experiments.loading import dataset_of, federated, model_of
+from experiments.loading import dataset_of, federated, model_of, table_width
 from experiments.plan import Group, Run
 from noisefl import Config, FederatedData, keys, lanes, make_round, mesh, sweep
 
@@ -80,6 +80,5 @@ def prepare(group: Group, data_dir: str | None) -> Lanes:
     config = dataclasses.replace(group.config, image_shape=dataset.train_images.shape[1:])
     make_round(model, config)
     distinct = {tuple(run.options.federation.items()): run for run in group.runs}
-    tables = (federated(dataset, run.options.federation).clients for run in distinct.values())
-    columns = max(table.shape[1] for table in tables)
+    columns = max(table_width(dataset, run.options.federation) for run in distinct.values())
     return Lanes(group, config, model, dataset.num_classes, columns, data_dir)

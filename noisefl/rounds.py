@@ -90,26 +90,36 @@ def make_probe(
         plus, minus = (accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1))
         return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
 
+    def copies(
+        draw: noise.Draw, strengths: jax.Array, chosen: jax.Array, shared: jax.Array | None
+    ) -> jax.Array:
+        def one(strength: jax.Array, images: jax.Array, kept: list[jax.Array]) -> jax.Array:
+            copy = noise.apply(base, noise.scaled(base, draw, strength, config.noise_scale), 1)
+            if cut is None:
+                return apply({"params": copy}, evaluate.scale(images))
+            return cut.above(copy, images, *kept)
+
+        def of_batch(images: jax.Array, *kept: jax.Array) -> jax.Array:
+            # One by one, so that a forward pass has one kernel.
+            return jnp.stack([one(strength, images, [*kept]) for strength in strengths], axis=1)
+
+        arrays = (images[chosen],) if shared is None else (images[chosen], shared)
+        return jnp.moveaxis(evaluate.in_batches(of_batch, arrays, batch), 1, 0)
+
+    def below(chosen: jax.Array) -> jax.Array:
+        assert cut is not None
+        return cut.below(base, images[chosen], batch)
+
     def logits(draw: noise.Draw, strengths: jax.Array, chosen: jax.Array) -> jax.Array:
-        def copies(images: jax.Array) -> jax.Array:
-            def one(strength: jax.Array, kept: jax.Array | None) -> jax.Array:
-                copy = noise.apply(base, noise.scaled(base, draw, strength, config.noise_scale), 1)
-                if cut is None:
-                    return apply({"params": copy}, evaluate.scale(images))
-                return cut.above(copy, images, kept)
-
-            # One by one, so that a forward pass has one kernel; what lies below is shared.
-            kept = cut and cut.below(base, images, images.shape[0])
-            each = [one(strength, kept) for strength in strengths]
-            return jnp.stack(each, axis=1)
-
-        return jnp.moveaxis(evaluate.in_batches(copies, (images[chosen],), batch), 1, 0)
+        return copies(draw, strengths, chosen, below(chosen) if cut else None)
 
     return Probe(
         draw=lambda key: noise.draw(key, base, paths, config.noise_distribution),
         accuracy=accuracy,
         logits=logits,
         labels=labels,
+        below=below if cut else None,
+        above=copies if cut else None,
     )
 
 

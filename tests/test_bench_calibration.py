@@ -73,6 +73,7 @@ def test_it_writes_what_it_measured(tmp_path):
         ("--noise_layers=conv9", "noise_layers='conv9': must be first, last, all, or"),
         ("--json=/no/such/folder/b.json", "/no/such/folder/b.json"),
         ("extra", "unexpected argument 'extra'"),
+        ("--rounds=1", "rounds=1: must be 0 or at least 2"),
     ],
 )
 def test_bad_input_is_one_line(flag, says):

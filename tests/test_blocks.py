@@ -57,8 +57,8 @@ def deal(labels, classes: int, images: int, seed: int = 0) -> Blocks:
 def groups(labels, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(images of each stratum, stratum of each class), as a single block's weights tell.
 
-    One block needs one image a stratum, so that it is never of random tenths; neighbours make up a
-    stratum, so that the counts of classes, added up, meet those of strata.
+    One block needs one image a stratum, so that it is never of every tenth image; neighbours make
+    up a stratum, so that the counts of classes, added up, meet those of strata.
     """
     weights = deal(labels, classes, 1).weights
     held = np.rint(weights * len(labels)).astype(int)
@@ -93,9 +93,12 @@ def test_what_is_promised_of_any_labels(name, images):
 
     held, of_class = groups(labels, classes)
     fewest = held[held > 0].min()
-    if fewest < most // 2:  # of random tenths
+    if fewest < most // 2:  # of every tenth image
         assert out.number == most
-        np.testing.assert_allclose(out.weights, 1 / strata)
+        held = np.bincount(np.arange(size) % strata)
+        np.testing.assert_allclose(out.weights, held / size, rtol=1e-6)
+        expected = np.broadcast_to(np.arange(strata), read.shape)
+        np.testing.assert_array_equal(read % strata, expected)
     else:
         assert out.number == min(most, fewest)
         np.testing.assert_allclose(out.weights, held / size, rtol=1e-6)
@@ -128,7 +131,7 @@ def test_random_tenths_where_a_stratum_is_too_small():
 
 
 def test_lanes_of_a_vmap_are_single_deals():
-    """Lanes with strata of classes beside one of random tenths."""
+    """Lanes with strata of classes beside one of every tenth image."""
     names = ["ten unequal classes", "a heavy class", "empty classes", "first class alone"]
     many = jnp.asarray([LABELS[name][0] for name in names], jnp.int32)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
@@ -171,12 +174,13 @@ def test_each_image_of_a_stratum_is_equally_likely_anywhere():
         equally_likely(both, counts[column] * counts[column + 1])
 
 
-def test_random_tenths_are_random():
+def test_of_every_second_image_the_order_is_random():
     images = np.asarray(many_deals(LABELS["nine to one"][0], 2, MOST).images, np.int64)
     for row, column in ((0, 0), (0, 1), (19, 1)):
-        equally_likely(images[:, row, column], 40)
-    first, second = images[:, 4, 0], images[:, 4, 1]
-    equally_likely((second - first) % 40, 39)
+        equally_likely(images[:, row, column], 20)
+    first, second = images[:, 4, 0], images[:, 5, 0]  # in one stratum no two are the same
+    equally_likely((second - first) % 40, 19)
+    equally_likely(images[:, 4, 0] * 40 + images[:, 4, 1], 20 * 20)
 
 
 @pytest.mark.parametrize("name", ["two classes", "ten classes", "one class"])

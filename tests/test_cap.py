@@ -27,7 +27,6 @@ CASES = {
     "fixed": {"calibrator": "fixed"},
     "judged on test": {"accuracy_on": "test"},
     "skip": {"on_infeasible": "skip"},
-    "skip, judged on test": {"on_infeasible": "skip", "accuracy_on": "test"},
 }
 
 

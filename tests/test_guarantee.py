@@ -34,7 +34,7 @@ COUNTS = {  # images of each class
     # Strata of one class and of two: 0, 1, 2 + 3, 4, 5, 6, 7 + 8, 9.
     "strata of unlike classes": [86, 74, 14, 20, 40, 46, 34, 26, 34, 26],
     # Class 3 alone is a stratum too small for half of the blocks.
-    "random tenths": [80, 80, 66, 14, 54, 40, 40, 14, 6, 6],
+    "every tenth": [80, 80, 66, 14, 54, 40, 40, 14, 6, 6],
     # All is as alike as in the first, and images right at one strength say nothing of another.
     "every strength its own luck": 10 * [40],
 }
@@ -146,7 +146,7 @@ CASES = [
     *((curve, "classes alike", 0.05) for curve in CURVES),
     *((HARDEST, classes, 0.05) for classes in COUNTS),
     *((HARDEST, classes, 0.01) for classes in ("classes differ", "every strength its own luck")),
-    *(("only the first is bad", classes, 0.05) for classes in ("classes differ", "random tenths")),
+    *(("only the first is bad", classes, 0.05) for classes in ("classes differ", "every tenth")),
 ]
 
 

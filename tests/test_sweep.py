@@ -225,12 +225,13 @@ def test_one_compilation_for_a_grid(grid):
         assert_same(lane_of(result, number), many_lanes.alone(some[number]), some[number].name)
 
 
-def test_the_memory_of_a_program_is_that_of_its_arrays_and_more(compiled, on):
-    """Arguments and results, in which the donated states count once; temporaries are few here."""
+def test_the_memory_of_a_program_is_at_least_that_of_its_arrays(compiled, grid, on):
+    """Arguments and results, in which the donated states count once; and temporaries."""
     seeds, hypers, data = inputs(on, many_lanes.lanes()[:4])
     states = compiled.init(seeds)
-    arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((seeds, states, data, hypers)))
-    assert arguments < compiled.bytes_a_device < 3 * arguments
+    metrics = jax.tree.map(lambda leaf: leaf[:4, :CHUNK], grid[1].metrics)
+    known = sum(leaf.nbytes for leaf in jax.tree.leaves((seeds, states, data, hypers, metrics)))
+    assert known < compiled.bytes_a_device < 10 * known
 
 
 # On four devices

@@ -29,12 +29,25 @@ class Probe(NamedTuple):
     on all N images of the judging split; what its calls share is computed once. `logits(draw,
     strengths, images)`, with signed strengths [G] and indices int32 [n] into that split, is float32
     [G, n, C] of the copies W + strength · draw, and costs G · n forward passes.
+
+    Where the model is cut below the noise (`split.py`), `below(images)` is what all copies share of
+    these images, [n, …], and `above(draw, strengths, images, shared)` their logits from that. It
+    saves seconds, not forward passes, which are counted as if nothing were shared.
     """
 
     draw: Callable[[jax.Array], Draw]
     accuracy: Callable[[Draw, jax.Array], Reading]
     logits: Callable[[Draw, jax.Array, jax.Array], jax.Array]
     labels: jax.Array  # int32 [N]
+    below: Callable[[jax.Array], jax.Array] | None = None
+    above: Callable[[Draw, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+
+    def of(self, images: jax.Array) -> Callable[[Draw, jax.Array], jax.Array]:
+        """`logits` of these images, int32 [n]: (draw, strengths) → [G, n, C], for many calls."""
+        if self.below is None or self.above is None:
+            return lambda draw, strengths: self.logits(draw, strengths, images)
+        above, shared = self.above, self.below(images)
+        return lambda draw, strengths: above(draw, strengths, images, shared)
 
 
 @struct.dataclass

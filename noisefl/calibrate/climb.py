@@ -21,6 +21,8 @@ class _Climb(NamedTuple):
     number: jax.Array  # int32 []: of the draw, from 0
     minus: jax.Array  # bool []: W + ξ has passed, W − ξ is being judged
     read: jax.Array  # int32 []: blocks that this copy has been judged on
+    shared: jax.Array | None  # [T · S, …]: what all copies share of the jury's images,
+    known: jax.Array  # int32 []: in the blocks read so far
     wager: wager.Wager  # on this copy
     holds: jax.Array  # bool []
     ended: jax.Array  # bool []
@@ -69,7 +71,7 @@ def climb(
     def look(s: _Climb) -> _Climb:
         chosen = lax.dynamic_slice_in_dim(jury.images, s.read, step).reshape(-1)
         signed = jnp.where(s.minus, -s.strength, s.strength)
-        logits = probe.logits(s.draw, signed[None], chosen)[0]
+        logits, shared = logits_of(s, chosen, signed)
         right = evaluate.correct(logits, probe.labels[chosen]).reshape(step, strata)
         # Wrong answers of a dead model prove nothing: a NaN logit is a failure.
         dead = jnp.any(jnp.isnan(logits))
@@ -93,6 +95,8 @@ def climb(
             number=s.number + renew,
             minus=passed | (s.minus & ~failed),
             read=jnp.where(fresh, 0, read),
+            shared=shared,
+            known=jnp.maximum(s.known, read),
             wager=jax.tree.map(lambda new: jnp.where(fresh, 0.0, new), bets),
             holds=holds,
             ended=holds | (failed & last),
@@ -100,7 +104,26 @@ def climb(
             samples=s.samples + chosen.size,
         )
 
+    def logits_of(
+        s: _Climb, chosen: jax.Array, signed: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """[n, C], and what is shared: computed when a block is first read, and kept."""
+        if s.shared is None or probe.below is None or probe.above is None:
+            return probe.logits(s.draw, signed[None], chosen)[0], None
+        below, at = probe.below, s.read * strata
+        kept = s.shared
+        now = lax.cond(
+            s.read < s.known,
+            lambda: lax.dynamic_slice_in_dim(kept, at, step * strata),
+            lambda: below(chosen),
+        )
+        logits = probe.above(s.draw, signed[None], chosen, now)[0]
+        return logits, lax.dynamic_update_slice_in_dim(kept, now, at, 0)
+
     none, no = jnp.int32(0), jnp.bool_(False)
+    room = None
+    if probe.below is not None and most > 0:
+        room = jax.eval_shape(probe.below, jax.ShapeDtypeStruct((most * strata,), jnp.int32))
     begin = _Climb(
         draw=draw_of(none),
         strength=start,
@@ -108,6 +131,8 @@ def climb(
         number=none,
         minus=no,
         read=none,
+        shared=None if room is None else jnp.zeros(room.shape, room.dtype),
+        known=none,
         wager=wager.start(),
         holds=no,
         ended=jury.number < step,

@@ -58,8 +58,8 @@ def _straight(clean: jax.Array, pair: jax.Array) -> jax.Array:
 
 def predictive(
     draws: int = 3,
-    scouts: int = 180,
-    gap: float = 0.04,
+    scouts: int = 120,
+    gap: float = 0.05,
     chunk: int = 50,
     limit: int = 1500,
     step: float = 1.07,
@@ -88,7 +88,7 @@ def predictive(
         number = max(1, min(scouts // strata, most // 2))
         seen, jury = dealt.slice(0, number), dealt.slice(number)
         chosen, target = seen.images.reshape(-1), aim(hyper) - gap
-        labels = probe.labels[chosen]
+        labels, logits = probe.labels[chosen], probe.of(chosen)
 
         def draw_of(number: jax.Array) -> Draw:
             return probe.draw(keys.stream(key, "draw", number))
@@ -105,12 +105,11 @@ def predictive(
             return _Guess(new, jnp.abs(jnp.log(new / at)) <= jnp.log(trusted), secants)
 
         def copies(draw: Draw, at: jax.Array) -> jax.Array:
-            return probe.logits(draw, at * jnp.asarray([1.0, -1.0]), chosen)
+            return logits(draw, at * jnp.asarray([1.0, -1.0]))
 
         start = warm_start(carry, hyper, 1.0)
         candidates = jax.vmap(draw_of)(jnp.arange(draws))
-        clean = probe.logits(draw_of(jnp.int32(0)), jnp.zeros(1), chosen)[0]
-        # Under vmap, what lies below the noise is computed once for all of them.
+        clean = logits(draw_of(jnp.int32(0)), jnp.zeros(1))[0]
         pairs = jax.vmap(copies, (0, None))(candidates, start)
         guesses = jax.vmap(lambda pair: guess(start, pair, jnp.int32(1)))(pairs)
         weakest = jnp.argmin(guesses.strength)

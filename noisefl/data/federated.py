@@ -1,5 +1,7 @@
 """The data a round reads: on the device once, as bytes, with the table of who holds what."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,51 @@ class FederatedData:
     test_labels: jax.Array
 
 
+class Holdings(NamedTuple):
+    """Who holds which training image, as indices in NumPy; the first step of `federate`.
+
+    Attributes:
+      validation: int [V], in the order drawn.
+      clients: int32 [K, P], as in `FederatedData`.
+      counts: int32 [K].
+    """
+
+    validation: np.ndarray
+    clients: np.ndarray
+    counts: np.ndarray
+
+
+def holdings(
+    labels: np.ndarray,
+    *,
+    num_clients: int,
+    scheme: str,
+    seed: int,
+    validation_size: int,
+    **of_scheme: Any,
+) -> Holdings:
+    """Which of the N training images go to validation, and which to whom.
+
+    Args:
+      labels: integers [N].
+      num_clients, scheme, seed, validation_size, of_scheme: as `federate` takes them.
+
+    Raises:
+      ValueError: an argument out of range, named with its value.
+    """
+    if not 1 <= validation_size < len(labels):
+        raise refuse("validation_size", validation_size, f"must be 1 to {len(labels) - 1}")
+    if seed < 0:
+        raise refuse("seed", seed, "must not be negative")
+    carve_seed, partition_seed = np.random.SeedSequence(seed).spawn(2)
+    drawn = np.random.default_rng(carve_seed).permutation(len(labels))
+    held, rest = drawn[:validation_size], np.sort(drawn[validation_size:])
+    table = partition(labels[rest], num_clients, scheme, partition_seed, **of_scheme)
+    filled = np.arange(table.indices.shape[1]) < table.counts[:, None]
+    clients = np.where(filled, rest[table.indices], 0).astype(np.int32)
+    return Holdings(held, clients, table.counts)
+
+
 def federate(
     dataset: Dataset,
     *,
@@ -66,29 +113,21 @@ def federate(
     Raises:
       ValueError: an argument out of range, named with its value.
     """
-    total = len(dataset.train_labels)
-    if not 1 <= validation_size < total:
-        raise refuse("validation_size", validation_size, f"must be 1 to {total - 1}")
-    if seed < 0:
-        raise refuse("seed", seed, "must not be negative")
-    carve_seed, partition_seed = np.random.SeedSequence(seed).spawn(2)
-    drawn = np.random.default_rng(carve_seed).permutation(total)
-    held, rest = drawn[:validation_size], np.sort(drawn[validation_size:])
-    table = partition(
-        dataset.train_labels[rest],
-        num_clients,
-        scheme,
-        partition_seed,
+    held, clients, counts = holdings(
+        np.asarray(dataset.train_labels),
+        num_clients=num_clients,
+        scheme=scheme,
+        seed=seed,
+        validation_size=validation_size,
         shards_per_client=shards_per_client,
         alpha=alpha,
         size_sigma=size_sigma,
     )
-    filled = np.arange(table.indices.shape[1]) < table.counts[:, None]
     return FederatedData(
         train_images=jnp.asarray(dataset.train_images),
         train_labels=jnp.asarray(dataset.train_labels),
-        clients=jnp.asarray(np.where(filled, rest[table.indices], 0), jnp.int32),
-        counts=jnp.asarray(table.counts),
+        clients=jnp.asarray(clients),
+        counts=jnp.asarray(counts),
         validation_images=jnp.asarray(dataset.train_images[held]),
         validation_labels=jnp.asarray(dataset.train_labels[held]),
         test_images=jnp.asarray(dataset.test_images),
