@@ -40,12 +40,12 @@ from noisefl import (
     load,
     make_round,
     noise,
-    rounds,
     split,
 )
 from noisefl.config import CHOICES, as_arrays, nearest, refuse
 from noisefl.data import FederatedData
 from noisefl.models import MODELS, by_name
+from noisefl.probing import make_probe
 
 _QUICK = flags.DEFINE_bool("quick", False, "at most 3 minutes on two cores")
 _CALIBRATORS = flags.DEFINE_list("calibrators", list(CHOICES["calibrator"]), "which, of all")
@@ -181,7 +181,7 @@ def compile_all(names: list[str], like: Base) -> dict[str, Compiled]:
         calibrator, hyper = calibrate.from_config(options), hyper_of(name)
 
         def rule(key, base, data, carry):
-            probe = rounds.make_probe(model, cut, base, paths, data, options)
+            probe = make_probe(model, cut, base, paths, data, options)
             return calibrator.calibrate(key, base, probe, hyper, carry)
 
         round_, root = make_round(model, options), keys.root(0)

@@ -15,9 +15,10 @@ from flax import struct
 from jax import lax
 
 from noisefl import aggregate, calibrate, client, cohort, evaluate, keys, noise, split, strategy
-from noisefl.calibrate import Calibration, Calibrator, Probe, Reading
+from noisefl.calibrate import Calibration, Calibrator
 from noisefl.config import Config, Hyper, refuse
 from noisefl.data import FederatedData
+from noisefl.probing import judging_split, make_probe
 
 Params = Any
 
@@ -62,67 +63,6 @@ class Round(NamedTuple):
     step: Callable[[jax.Array, RoundState, FederatedData, Hyper], tuple[RoundState, RoundInfo]]
 
 
-def make_probe(
-    model: nn.Module,
-    cut: split.Split | None,
-    base: Params,
-    paths: Any,
-    data: FederatedData,
-    config: Config,
-) -> Probe:
-    """What a calibrator may ask about `base`.
-
-    Args:
-      model: the model.
-      cut: `split.at` of the model and `paths`.
-      base: W.
-      paths: `noise.target` of the model.
-      data: the federation, of which the judging split is used.
-      config: static options.
-    """
-    apply: evaluate.Apply = model.apply
-    images, labels = _judging_split(data, config)
-    batch = strategy.eval_batch(config)
-    accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
-
-    def accuracy(draw: noise.Draw, strength: jax.Array) -> Reading:
-        xi = noise.scaled(base, draw, strength, config.noise_scale)
-        plus, minus = (accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1))
-        return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
-
-    def copies(
-        draw: noise.Draw, strengths: jax.Array, chosen: jax.Array, shared: jax.Array | None
-    ) -> jax.Array:
-        def one(strength: jax.Array, images: jax.Array, kept: list[jax.Array]) -> jax.Array:
-            copy = noise.apply(base, noise.scaled(base, draw, strength, config.noise_scale), 1)
-            if cut is None:
-                return apply({"params": copy}, evaluate.scale(images))
-            return cut.above(copy, images, *kept)
-
-        def of_batch(images: jax.Array, *kept: jax.Array) -> jax.Array:
-            # One by one, so that a forward pass has one kernel.
-            return jnp.stack([one(strength, images, [*kept]) for strength in strengths], axis=1)
-
-        arrays = (images[chosen],) if shared is None else (images[chosen], shared)
-        return jnp.moveaxis(evaluate.in_batches(of_batch, arrays, batch), 1, 0)
-
-    def below(chosen: jax.Array) -> jax.Array:
-        assert cut is not None
-        return cut.below(base, images[chosen], batch)
-
-    def logits(draw: noise.Draw, strengths: jax.Array, chosen: jax.Array) -> jax.Array:
-        return copies(draw, strengths, chosen, below(chosen) if cut else None)
-
-    return Probe(
-        draw=lambda key: noise.draw(key, base, paths, config.noise_distribution),
-        accuracy=accuracy,
-        logits=logits,
-        labels=labels,
-        below=below if cut else None,
-        above=copies if cut else None,
-    )
-
-
 def make_round(
     model: nn.Module,
     config: Config,
@@ -158,7 +98,7 @@ def make_round(
     judged = config.keep_best or config.warmup == "until_cap"
 
     def judge(owner: Params, data: FederatedData) -> jax.Array:
-        return evaluate.accuracy(apply, owner, *_judging_split(data, config), batch)
+        return evaluate.accuracy(apply, owner, *judging_split(data, config), batch)
 
     def init(key: jax.Array) -> RoundState:
         params = model.init(key, jnp.zeros((1, *config.image_shape)))["params"]
@@ -282,12 +222,6 @@ def make_round(
 
 def _select(condition: jax.Array, yes: Params, no: Params) -> Params:
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
-
-
-def _judging_split(data: FederatedData, config: Config) -> tuple[jax.Array, jax.Array]:
-    if config.accuracy_on == "test":
-        return data.test_images, data.test_labels
-    return data.validation_images, data.validation_labels
 
 
 def _check(data: FederatedData, config: Config) -> None:

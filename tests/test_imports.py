@@ -23,7 +23,7 @@ ORDER = [
     {"client", "attacks", "split"},
     {"noise"},
     {"calibrate"},
-    {"aggregate", "cohort"},
+    {"aggregate", "cohort", "probing"},
     {"rounds"},
     {"simulate"},
     {"lanes"},
