@@ -20,7 +20,9 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.options import find_preset
 from experiments.provenance import provenance
+from noisefl.config import refuse
 
 _LANES = flags.DEFINE_integer("lanes", 16, "runs of the sweeps", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "of each run", lower_bound=1)
@@ -32,10 +34,10 @@ _LIMIT = 3600  # seconds for a command
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:]:
-        sys.exit(f"experiments.bench_sweep: unexpected argument {argv[1]!r}: flags begin with --")
-    setups = [(1, 1, 1)] + [(_LANES.value, int(n), 1) for n in _CPU_DEVICES.value]
-    setups += [(_LANES.value, 1, int(n)) for n in _PROCESSES.value]
+    try:
+        setups = checked(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.bench_sweep: {error}")
     results = []
     for setup in setups:
         results.append(measure(*setup))
@@ -55,6 +57,21 @@ def main(argv: list[str]) -> None:
             f"{r['outside_programs']:.1%}",
         )
     Console(highlight=False).print(table)
+
+
+def checked(argv: list[str]) -> list[tuple[int, int, int]]:
+    """(runs, devices, processes) of each command; raises one line about the first bad flag."""
+    if argv[1:]:
+        raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --")
+    for name, words in (("cpu_devices", _CPU_DEVICES.value), ("processes", _PROCESSES.value)):
+        for word in words:
+            if not word.isdecimal() or not 1 <= int(word) <= 64:
+                raise refuse(name, word, "must be whole numbers from 1 to 64")
+    find_preset(_PRESET.value)
+    if _JSON.value:
+        Path(_JSON.value).touch()
+    setups = [(1, 1, 1)] + [(_LANES.value, int(n), 1) for n in _CPU_DEVICES.value]
+    return setups + [(_LANES.value, 1, int(n)) for n in _PROCESSES.value]
 
 
 def measure(runs: int, devices: int, processes: int) -> dict[str, Any]:

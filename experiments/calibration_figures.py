@@ -23,12 +23,17 @@ def strength_ratio(around: np.ndarray, bare: float) -> float | None:
 
 
 def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one calibrator; a round that says it is infeasible is counted as such, and
-    its violation is not one of the guarantee's."""
-    claimed = [row for row in rows if row["feasible"]] or rows
-    over = sum(row["over"] for row in claimed)
+    """The figures of one calibrator.
+
+    A round that says it is infeasible is counted as such, and its violation is not one of the
+    guarantee's. Of a proxy, which vouches for nothing, all rounds count. The upper bound is that of
+    independent calibrations, which those on one base or one validation split are not quite.
+    """
+    vouches = calibrate.GUARANTEES[name] != "none"
+    claimed = [row for row in rows if row["feasible"]] if vouches else rows
+    over, count = sum(row["over"] for row in claimed), len(claimed)
     ratios = [row["ratio"] for row in claimed if row["ratio"] is not None]
-    upper = stats.beta.ppf(0.95, over + 1, len(claimed) - over) if over < len(claimed) else 1.0
+    upper = stats.beta.ppf(0.95, over + 1, count - over) if over < count else 1.0
     return {
         "calibrator": name,
         "guarantee": calibrate.GUARANTEES[name],
@@ -37,8 +42,9 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_round": float(np.mean([row["samples"] for row in rows])),
         "strength_ratio_median": float(np.median(ratios)) if ratios else None,
         "violations": over,
-        "violation_rate": over / len(claimed),
-        "violation_rate_upper95": float(upper),
+        "claimed": count,
+        "violation_rate": over / count if count else None,
+        "violation_rate_upper95": float(upper) if count else None,
         "infeasible_rate": 1 - sum(row["feasible"] for row in rows) / len(rows),
     }
 
@@ -59,6 +65,12 @@ def against_source(results: list[dict[str, Any]]) -> None:
         result["owner_minus_source_ci95"] = None if math.isnan(half) else half
 
 
+def violations(result: dict[str, Any]) -> str:
+    if not result["claimed"]:
+        return "–"
+    return f"{result['violation_rate']:.1%} ({result['violation_rate_upper95']:.1%})"
+
+
 def table(results: list[dict[str, Any]], title: str) -> Table:
     """A line a calibrator."""
     shown = Table(title=title, title_justify="left")
@@ -74,7 +86,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
             f"{r['images_per_round']:,.0f}",
             f"{r['wall_share']:.1%}",
             "–" if ratio is None else f"{ratio:.2f}",
-            f"{r['violation_rate']:.1%} ({r['violation_rate_upper95']:.1%})",
+            violations(r),
             f"{r['infeasible_rate']:.0%}",
             f"{np.mean(r['run_owner_accuracy']):.3f}",
             f"{r['run_seconds']:.1f}",

@@ -16,7 +16,8 @@ class Judge(NamedTuple):
 
     owner: Any  # (params, data) → float32 []
     pair: Any  # (base, data, draw, strength) → float32 [2], of the copies that shipped
-    around: Any  # the same → float32 [G], the higher one at RATIOS times the strength
+    around: Any  # the same → float32 [G], the higher one at RATIOS times the strength; where the
+    # model is not cut below the noise, on 1,000 test images
 
 
 def make_judge(model: nn.Module, options: Config) -> Judge:

@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "redraw": "each try draws ξ anew, or one draw is rescaled",
         "strength": "of the first try, σ0 [σ, or r]",
         "strength_step": "additive: added a try [σ, or r]",
-        "strength_factor": "geometric, parallel, sequential: multiplied a try",
+        "strength_factor": "geometric, parallel: multiplied a try",
         "strength_max": "σ_max: fresh draws go on there until max_tries [σ, or r]",
         "max_tries": "bound on a round's tries [tries]",
         "on_infeasible": "a round above its cap ships its strongest try, or is skipped",

@@ -1,11 +1,15 @@
 """Several processes of one sweep: starting JAX's distributed runtime, and agreeing."""
 
+import hashlib
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+Value = TypeVar("Value")
 
 HEARTBEAT = 20  # seconds without a sign of life after which the others end
 
@@ -37,6 +41,42 @@ def agree(value: Any) -> Any:
     padded = np.zeros(int(size), np.uint8)
     padded[: len(text)] = text[: int(size)]
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+
+
+def together(action: Callable[[], Value]) -> Value:
+    """What each process gets from it; where it fails in one, all fail with that one's line.
+
+    Raises:
+      ValueError, OSError: as `action` does; ValueError in the others.
+    """
+    if jax.process_count() == 1:
+        return action()
+    found, problem = None, ""
+    try:
+        found = action()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    line = np.zeros(2000, np.uint8)
+    text = np.frombuffer(problem.encode()[: line.size], np.uint8)
+    line[: text.size] = text
+    for other in np.asarray(multihost_utils.process_allgather(line)):
+        if said := other.tobytes().rstrip(b"\0").decode(errors="ignore"):
+            raise ValueError(said)
+    return cast(Value, found)
+
+
+def differences(values: Mapping[str, Any]) -> list[str]:
+    """Names of the JSON values, of the same names in all processes, that are not the same in all.
+
+    Processes that run different programs would wait for each other without end.
+    """
+    if jax.process_count() == 1:
+        return []
+    texts = [json.dumps(value, sort_keys=True).encode() for value in values.values()]
+    digests = [np.frombuffer(hashlib.sha256(text).digest(), np.uint8) for text in texts]
+    of_all = np.asarray(multihost_utils.process_allgather(np.stack(digests)))  # [P, names, 32]
+    same = np.all(of_all == of_all[:1], axis=(0, 2))
+    return [name for name, agreed in zip(values, same, strict=True) if not agreed]
 
 
 def meet(name: str) -> None:

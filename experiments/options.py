@@ -150,6 +150,9 @@ def from_flags(given: dict[str, Any]) -> Options:
       ValueError: one line that names the flag, its value and what is allowed.
     """
     given = dict(given)
+    for name, value in given.items():
+        if isinstance(value, int):
+            _check_size(name, value)
     for name in ("rounds", "rounds_per_chunk", "checkpoint_every", "shards_per_client"):
         if given[name] < 1:
             raise refuse(name, given[name], "must be at least 1")
@@ -225,10 +228,10 @@ def _presets(args: list[str]) -> tuple[list[Path], list[str]]:
             continue
         name = match[1] if match[1] is not None else next(remaining, "")
         names.append(name)
-    return [_find_preset(name) for name in names or [DEFAULT_PRESET]], rest
+    return [find_preset(name) for name in names or [DEFAULT_PRESET]], rest
 
 
-def _find_preset(name: str) -> Path:
+def find_preset(name: str) -> Path:
     """A path as it stands, or a bare name in the folder of presets."""
     path = Path(name).expanduser()
     if path.is_file():
@@ -246,7 +249,14 @@ def _number(name: str, text: Any) -> int | None:
         return None
     if re.fullmatch(r"-?\d+", str(text)) is None:
         raise refuse(name, text, "must be a whole number, or auto")
-    return int(text)
+    return _check_size(name, int(text))
+
+
+def _check_size(name: str, value: int) -> int:
+    """Rounds, clients and images are counted in int32."""
+    if abs(value) >= 2**31:
+        raise refuse(name, value, "must be less than 2147483648")
+    return value
 
 
 def _server_clients(text: str, sampled: int) -> int:
@@ -255,4 +265,5 @@ def _server_clients(text: str, sampled: int) -> int:
     if match is None:
         raise refuse("server_clients", text, "must be a number, or like m, 4m or m/2")
     number, times, share = match.groups()
-    return int(number) if number else int(times or 1) * sampled // int(share or 1)
+    clients = int(number) if number else int(times or 1) * sampled // int(share or 1)
+    return _check_size("server_clients", clients)

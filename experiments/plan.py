@@ -9,7 +9,8 @@ from typing import Any
 from experiments import helppage
 from experiments.grid import Axis, combinations
 from experiments.options import Options, from_flags
-from noisefl.config import Config, Hyper, fedavg
+from experiments.sweep_results import describe
+from noisefl.config import Config, Hyper, fedavg, refuse
 from noisefl.models import Lowering
 
 # What FedAvg does not depend on: the noise is off, and then G = W.
@@ -49,6 +50,22 @@ class Run:
     def hyper(self) -> Hyper:
         return fedavg(self.options.hyper) if self.kind == "fedavg" else self.options.hyper
 
+    @property
+    def cap(self) -> float | None:
+        """FedAvg has none."""
+        return self.options.cap if self.kind == "noise" else None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What sweep.json says of it."""
+        return {
+            "run": self.kind,
+            "seed": self.options.driver.seed,
+            "cap": self.cap,
+            "grid": self.grid,
+            "baseline": self.baseline,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -59,6 +76,7 @@ class Group:
     model: str
     dataset: str
     runs: tuple[Run, ...]
+    title: str
 
 
 def plan(given: dict[str, Any], axes: Sequence[Axis], baseline: bool) -> list[Run]:
@@ -70,14 +88,12 @@ def plan(given: dict[str, Any], axes: Sequence[Axis], baseline: bool) -> list[Ru
       baseline: whether FedAvg is run as well, once for all runs that differ in the noise alone.
 
     Raises:
-      ValueError: a combination of flags that `experiments.run` would refuse.
+      ValueError: a combination of flags that `experiments.run` would refuse, or two that are the
+        same run.
     """
     runs: dict[str, Run] = {}
     for values in combinations(axes):
-        try:
-            options = from_flags({**given, **values})
-        except OverflowError as error:  # a whole number beyond any integer type
-            raise ValueError(f"grid={values!r}: {error}") from None
+        options = from_flags({**given, **values})
         reference = None
         if baseline:
             flags = {name: v for name, v in options.flags.items() if name not in NOISE_ALONE}
@@ -86,7 +102,10 @@ def plan(given: dict[str, Any], axes: Sequence[Axis], baseline: bool) -> list[Ru
             one = Run("fedavg", options, flags, grid, reference, None)
             runs.setdefault(reference, one)
         where = path("noise", options.flags)
-        runs.setdefault(where, Run("noise", options, options.flags, values, where, reference))
+        if where in runs:  # server_clients=m/2 and 5, of 10 sampled clients
+            same = describe(runs[where].grid)
+            raise refuse("grid", describe(values), f"is the same run as {same}: leave one out")
+        runs[where] = Run("noise", options, options.flags, values, where, reference)
     return list(runs.values())
 
 
@@ -109,10 +128,34 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         size = o.federation["validation_size"]
         key = (o.config, o.lowering, o.driver.model, o.driver.dataset, size)
         found.setdefault(key, []).append(run)
+    varied = _varied(runs)
     return [
-        Group(config, lowering, model, dataset, tuple(members))
+        Group(config, lowering, model, dataset, tuple(members), _title(members, varied))
         for (config, lowering, model, dataset, _), members in found.items()
     ]
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    """The grid's flags of more than one value."""
+    values: dict[str, set[Any]] = {}
+    for run in runs:
+        for flag, value in run.grid.items():
+            values.setdefault(flag, set()).add(value)
+    return [flag for flag, some in values.items() if len(some) > 1]
+
+
+def _title(members: Sequence[Run], varied: Sequence[str]) -> str:
+    """`lenet5, mnist, geometric, num_clients=50`: what all runs of a group have in common."""
+    members = [run for run in members if run.kind == "noise"] or members
+    first, driver = members[0].grid, members[0].options.driver
+    named = (driver.model, driver.dataset, members[0].options.config.calibrator)
+    common = {
+        flag: first[flag]
+        for flag in varied
+        if flag not in ("model", "dataset", "calibrator")
+        and all(flag in run.grid and run.grid[flag] == first.get(flag) for run in members)
+    }
+    return ", ".join([*named, *([describe(common)] if common else [])])
 
 
 def batches(runs: Sequence[Run], width: int) -> list[list[Run]]:

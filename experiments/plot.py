@@ -78,7 +78,6 @@ def draw(panels: Sequence[Panel]) -> Figure:
         )  # fmt: skip
         strengths = [_column(_noised(panel.rows), "strength") for panel in panels]
         tries = [_column(_noised(panel.rows), "calibration_tries") for panel in panels]
-        most_tries = max([1.0, *np.concatenate(tries)])
         for column, panel in enumerate(panels):
             accuracy, strength = axes[:, column]
             if column:
@@ -87,8 +86,9 @@ def draw(panels: Sequence[Panel]) -> Figure:
                     strength.sharey(axes[1, 0])
             _draw_accuracy(accuracy, panel)
             bars = _draw_strength(strength, panel, first=column == 0 or not same_unit)
-            bars.set_ylim(0, 1.05 * most_tries)
-            if panel is panels[-1]:
+            own = tries if same_unit else [tries[column]]
+            bars.set_ylim(0, 1.05 * max([1.0, *np.concatenate(own)]))
+            if panel is panels[-1] or not same_unit:
                 bars.set_ylabel("tries (bars)", color=GREY)
             if _spans_decades(strengths if same_unit else [strengths[column]]):
                 strength.set_yscale("log")
@@ -106,7 +106,7 @@ def draw(panels: Sequence[Panel]) -> Figure:
 
 
 def _draw_accuracy(axes: Axes, panel: Panel) -> None:
-    noise = [row for row in panel.rows if row["run"] == "noise"]
+    noise = [row for row in panel.rows if row["run"] == "noise" and row["finite"]]
     baseline = [row for row in panel.rows if row["run"] == "fedavg"]
     every = max(len(noise) // 30, 1)  # markers of 100 rounds would merge
     _shade_warmup(axes, noise)
@@ -123,6 +123,14 @@ def _draw_accuracy(axes: Axes, panel: Panel) -> None:
     failed = [row for row in noise if row["protected"] and not row["feasible"]]
     worse = np.fmax(_column(failed, "plus_accuracy"), _column(failed, "minus_accuracy"))
     axes.plot(_column(failed, "round"), worse, zorder=5, **STYLES["infeasible"])
+    for row in panel.rows:  # a dead model's accuracy is 0, and no result
+        if not row["finite"]:
+            axes.axvline(row["round"], color=BLACK, lw=1.0, ls=(0, (1, 1.5)))
+            who = "FedAvg" if row["run"] == "fedavg" else "W"
+            axes.annotate(
+                f"{who} is NaN", (row["round"], 0.03), xytext=(3, 0), textcoords="offset points",
+                fontsize="small",
+            )  # fmt: skip
     axes.set_ylim(0, 1.02)
     axes.grid(color="0.9", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -48,7 +48,7 @@ def accuracies(sweep: Sweep) -> Figure | None:
         axes.remove()
     figure.legend(
         handles=[Line2D([], [], **style) for style in (OWNER, FEDAVG, HIGHER, CAP)],
-        title="lines: median over the seeds; bands: from the lowest to the highest",
+        title="lines: medians over the seeds that did not fail (NaN); bands: lowest to highest",
         loc="outside upper center", ncols=4, frameon=False, handlelength=2.6,
     )  # fmt: skip
     caption(figure, left_out([one.label for one in drawable], MOST_PANELS))

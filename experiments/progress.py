@@ -71,11 +71,10 @@ class RunProgress:
 
 def values(row: dict[str, Any], rounds: int) -> str:
     """One row in one line of less than 80 columns."""
-    accuracies = " ".join(
-        f"{name} {_number(row[f'{name}_accuracy'], '.3f')}"
-        for name in ("owner", "base", "plus", "minus")
-    )
-    line = f"{row['run']} {row['round']}/{rounds} {accuracies}"
+    # Nobody holds a degraded copy in a round without noise.
+    names = ("owner", "base", "plus", "minus") if row["protected"] else ("owner",)
+    accuracies = [f"{name} {_number(row[f'{name}_accuracy'], '.3f')}" for name in names]
+    line = f"{row['run']} {row['round']}/{rounds} {' '.join(accuracies)}"
     if not row["protected"]:
         return line
     line += f" σ {_number(row['strength'], '.3g')} tries {row['calibration_tries']}"

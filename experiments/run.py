@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,9 +85,13 @@ def run(options: Options, again: str) -> int:
                     progress.stop()
                     complain(f"interrupted; {again}")
 
-            with interrupt.exit_at_once(last_words):
-                timing = train(experiment, folder, progress)
-        figure1(folder.rows, cap, folder.path / "figure1.png", options.config.noise_scale)
+            try:
+                with interrupt.exit_at_once(last_words):
+                    timing = train(experiment, folder, progress)
+            except BrokenDown:
+                draw(folder, options)
+                raise
+        draw(folder, options)
         folder.finish(summarise(folder.rows, cap, experiment.num_classes, timing))
         return report(folder, options, "holds")
 
@@ -140,7 +144,7 @@ def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> d
             rows = folder.append(name, rows, seconds)
             progress.update(rows)
             if not all(sound):
-                raise BrokenDown(cause(rows[-1]))
+                raise BrokenDown(cause([row for row in folder.rows if row["run"] == name]))
             done = rows[-1]["round"]
             if done - saved >= driver.checkpoint_every or done == driver.rounds:
                 folder.save(name, state, done)
@@ -150,12 +154,17 @@ def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> d
     return {"compile_seconds": round(compiled - begin, 3), "driver_seconds": round(driver, 3)}
 
 
-def cause(row: dict[str, Any]) -> str:
-    """One line on a round that ended with NaN or infinite parameters."""
-    where = f"run {row['run']}, round {row['round']}: the model is NaN or infinite; likely cause: "
-    if row["protected"]:  # FedAvg has survived the same rounds at the same learning rate
-        where += f"noise of strength {row['strength']} (see --strength_max, --cancellation), or "
-    return f"{where}--learning_rate too large (--clip_norm helps); rounds so far are kept"
+def cause(rows: Sequence[dict[str, Any]]) -> str:
+    """One line on a run whose last round ended with NaN or infinite parameters."""
+    last = rows[-1]
+    line = f"run {last['run']}, round {last['round']}: the model is NaN or infinite; likely cause: "
+    # FedAvg has survived the same rounds at the same learning rate.
+    recent = [row for row in rows[-3:] if row["protected"]]
+    if recent:
+        worst = max(recent, key=lambda row: row["strength"])
+        line += f"noise of strength {worst['strength']} in round {worst['round']} "
+        line += "(see --strength_max, --cancellation), or "
+    return f"{line}--learning_rate too large (--clip_norm helps); rounds so far are kept"
 
 
 @contextlib.contextmanager
@@ -173,6 +182,12 @@ def compilation_cache(choice: str) -> Iterator[None]:
         reset_cache()
 
 
+def draw(folder: RunFolder, options: Options) -> None:
+    """The picture of the rounds so far."""
+    picture = folder.path / "figure1.png"
+    figure1(folder.rows, options.cap, picture, options.config.noise_scale)
+
+
 def report(folder: RunFolder, options: Options, what: str) -> int:
     """Prints the table of a complete folder."""
     console = Console(highlight=False)
@@ -183,9 +198,8 @@ def report(folder: RunFolder, options: Options, what: str) -> int:
 
 
 def complain(message: str) -> None:
-    sys.stderr.write(
-        f"experiments.run: {' '.join(message.split())}\n"
-    )  # at once, beside other threads
+    """One line on standard error, in one piece: other threads write there as well."""
+    sys.stderr.write(f"experiments.run: {' '.join(message.split())}\n")
     sys.stderr.flush()
 
 

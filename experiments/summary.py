@@ -1,5 +1,6 @@
 """From the rows of a folder to its summary, and to the table that ends a run. Pure."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,12 +56,12 @@ def summarise(rows: Sequence[Row], cap: float, num_classes: int, timing: dict[st
     }
 
 
-def of_one_run(rows: Sequence[Row], cap: float, num_classes: int, cause: str | None) -> Row:
+def of_one_run(rows: Sequence[Row], cap: float | None, num_classes: int, cause: str | None) -> Row:
     """What one run of a sweep came to, in the terms of `summarise`.
 
     Args:
       rows: of the run, up to the one that broke down.
-      cap: as the shortest decimal of its float32.
+      cap: as the shortest decimal of its float32; None of FedAvg.
       num_classes: C.
       cause: of a run that broke down; its accuracies are then not a result.
     """
@@ -68,7 +69,7 @@ def of_one_run(rows: Sequence[Row], cap: float, num_classes: int, cause: str | N
     protected = [row for row in rows if row["protected"]]
     shipped = [row for row in protected if row["shipped"]]
     local = [row["local_accuracy_mean"] for row in shipped]
-    shared = _shared("test", shipped, "", cap)
+    shared = _shared("test", shipped, "", math.inf if cap is None else cap)
     return {
         "rounds": len(rows),
         "cap": cap,

@@ -16,6 +16,9 @@ from noisefl.config import refuse
 
 MOST_CPU_DEVICES = 8  # each holds a copy of the images
 
+# What does not belong to a run, of the flags that are given with it.
+NOT_OF_A_RUN = ("out", "resume", "checkpoint_every", "compilation_cache")
+
 HELP = {
     "grid": "FLAG=VALUE,VALUE or, of whole numbers, FLAG=START:STOP; repeat it for more axes",
     "baseline": "also run FedAvg, once for all runs that differ in the noise alone",
@@ -112,21 +115,25 @@ def parse(argv: list[str]) -> SweepOptions | None:
     given = {name: values[name].value for name in run_options.defaults()}
     given["out"] = given["out"] or str(Path("results") / f"{preset}-sweep")
     own: dict[str, Any] = {name: values[name].value for name in HELP}
+    if not own["distributed"]:
+        for name in ("coordinator", "num_processes", "process_id"):
+            if own[name] is not None:
+                raise refuse(name, own[name], "needs --distributed")
     return SweepOptions(
         given=given,
         axes=parse_grid(own["grid"]),
         own=own,
-        lanes_at_once=_count("lanes_at_once", own["lanes_at_once"]),
-        cpu_devices=_count("cpu_devices", own["cpu_devices"])
+        lanes_at_once=_count("lanes_at_once", own["lanes_at_once"], 2**31 - 1),
+        cpu_devices=_count("cpu_devices", own["cpu_devices"], 1024)
         or min(os.cpu_count() or 1, MOST_CPU_DEVICES),
     )
 
 
-def _count(name: str, text: str) -> int | None:
+def _count(name: str, text: str, most: int) -> int | None:
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise refuse(name, text, "must be a whole number from 1, or auto")
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise refuse(name, text, f"must be a whole number from 1 to {most}, or auto")
     return int(text)
 
 

@@ -32,21 +32,22 @@ class Lanes(NamedTuple):
     columns: int  # of the widest table of all runs
     data_dir: str | None
 
-    @property
-    def title(self) -> str:
-        return f"{self.group.model}, {self.group.dataset}, {self.config.calibrator}"
+    def width(self, on: Mesh, lanes_at_once: int | None) -> int:
+        """Lanes of a batch, before anyone knows whether they fit."""
+        return lanes.width(len(self.group.runs), on, lanes_at_once)
 
-    def compile(
-        self, on: Mesh, lanes_at_once: int | None, rounds_per_chunk: int
-    ) -> tuple[int, sweep.Program]:
-        """Lanes of a batch, and their program."""
-        runs = self.group.runs
+    def compile(self, on: Mesh, width: int, rounds_per_chunk: int) -> tuple[int, sweep.Program]:
+        """The program of a batch of `width` lanes, or of as many as fit.
+
+        Raises:
+          TooLarge: not even one lane a device does.
+        """
 
         def one(width: int) -> sweep.Program:
-            data = self.inputs(on, runs[:width], width).data
+            data = self.inputs(on, self.group.runs[:width], width).data
             return sweep.make_program(self.model, self.config, data, width, rounds_per_chunk, on)
 
-        return sweep.fitting(one, lanes.width(len(runs), on, lanes_at_once), on)
+        return sweep.fitting(one, width, on)
 
     def inputs(self, on: Mesh, runs: Sequence[Run], width: int) -> Inputs:
         """Of a batch; where it has fewer runs than lanes, the first run fills them up."""
@@ -78,7 +79,7 @@ def prepare(group: Group, data_dir: str | None) -> Lanes:
     dataset = dataset_of(group.dataset, data_dir)
     model = model_of(options, dataset)
     config = dataclasses.replace(group.config, image_shape=dataset.train_images.shape[1:])
-    make_round(model, config)
     distinct = {tuple(run.options.federation.items()): run for run in group.runs}
     columns = max(table_width(dataset, run.options.federation) for run in distinct.values())
+    make_round(model, config)
     return Lanes(group, config, model, dataset.num_classes, columns, data_dir)

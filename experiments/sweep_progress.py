@@ -1,5 +1,6 @@
 """What a person sees while a sweep goes on: bars in a terminal, now and then a line elsewhere."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,7 +36,7 @@ class SweepProgress:
         self, runs: int, groups: int, rounds: int, quiet: bool, console: Console | None = None
     ):
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
-        self._rounds, self._groups, self._started = rounds, groups, 0
+        self._rounds, self._groups = rounds, groups
         self._done, self._runs = 0, runs  # runs
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -63,6 +65,11 @@ class SweepProgress:
     def __exit__(self, *exception):
         self.stop()
 
+    @property
+    def tasks(self) -> list[Task]:
+        """The bars: of the sweep, of the group, of the batch."""
+        return self._bars.tasks
+
     def stop(self) -> None:
         """Leaves the terminal as it was; safe to call twice."""
         self._live.stop()
@@ -74,17 +81,16 @@ class SweepProgress:
         if runs:
             self._console.print(f"{runs} of {self._runs} runs are done already")
 
-    def group(self, title: str, runs: int, done: int) -> None:
-        """Begins a group, of which some runs are done."""
-        self._started += 1
-        description = f"group {self._started}/{self._groups}"
+    def group(self, number: int, title: str, runs: int, done: int) -> None:
+        """Begins a group, the first of which is 1, and of which some runs are done."""
+        description = f"group {number}/{self._groups}"
         self._bars.reset(
             self._group, description=description, total=runs, completed=done, visible=True
         )
         self._show(f"{description}: {title}; compiling", now=True)
 
     def batch(self, runs: int, done: int) -> None:
-        """Begins a batch of runs, of which some rounds are done."""
+        """Begins a batch, by the number of its runs that are not done, of which rounds may be."""
         self._size, self._at = runs, done
         description = f"{runs} side by side"
         self._bars.reset(self._batch, description=description, completed=done, visible=True)
@@ -125,3 +131,9 @@ def values(number: int, rounds: int, lanes: Sequence[Sequence[dict[str, Any]]]) 
     broken = sum(not rows[-1]["finite"] for rows in lanes)
     line += f", {infeasible} rounds infeasible" if infeasible else ""
     return line + (f", {broken} runs broke down" if broken else "")
+
+
+def complain(message: str) -> None:
+    """One line on standard error, in one piece: other threads write there as well."""
+    sys.stderr.write(f"experiments.sweep: {' '.join(message.split())}\n")
+    sys.stderr.flush()

@@ -1,14 +1,12 @@
 """What a sweep has left in its folder: its grid, its complete runs, and what is unfinished.
 
-Of a run only config.json and summary.json are read, and of those only what the report shows, so
-that 10,000 runs fit in memory; `rounds` reads the rounds of one run.
+sweep.json says what each planned run is; of a run's own files only summary.json is read, and of
+that what the report shows, so that 10,000 runs fit in memory. `rounds` reads the rounds of a run.
 """
 
-import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -22,13 +20,21 @@ SUMMARY = (
 )
 
 
+FILES = ("config.json", "metrics.jsonl", "summary.json")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder of a run holds all that it should; it comes into being at once."""
+    return all((folder / name).exists() for name in FILES)
+
+
 class Run(NamedTuple):
     """One complete run.
 
     Attributes:
       path: of its folder, as sweep.json has it.
       kind: "noise" or "fedavg".
-      seed: of its options, as is the cap.
+      seed: of its data and keys.
       cap: as a share of 1; NaN of a FedAvg run, which has none.
       values: of the grid's flags that it depends on.
       baseline: path of its FedAvg run; None without, or of one.
@@ -51,13 +57,13 @@ class Configuration(NamedTuple):
 
     Attributes:
       values: of the grid's flags, without the seed.
-      cap: as a share of 1; None where no run is there to say.
+      cap: as a share of 1.
       runs: the complete ones.
       unfinished: how many are still to be done.
     """
 
     values: dict[str, Any]
-    cap: float | None
+    cap: float
     runs: list[Run]
     unfinished: int
 
@@ -111,27 +117,33 @@ def read(folder: Path) -> Sweep:
     try:
         plan = json.loads((folder / "sweep.json").read_text())
         grid: dict[str, list[Any]] = dict(plan["grid"])
-        planned = list(dict.fromkeys(map(str, plan["runs"])))
+        planned = {path: _planned(path, entry) for path, entry in plan["runs"].items()}
         if not all(isinstance(values, list) for values in grid.values()):
             raise ValueError("sweep.json: a flag of the grid has no list of values")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise refuse("out", str(folder), f"holds no sweep ({error})") from None
-    found = ((path, _read_run(folder, path)) for path in planned)
-    runs = {path: run for path, run in found if run is not None}
+    there = {path: run for path, run in planned.items() if is_complete(folder / path)}
+    runs = {path: _with_summary(folder, run) for path, run in there.items()}
     return Sweep(folder, grid, len(planned), runs, _configurations(grid, planned, runs))
 
 
 def rounds(folder: Path, run: Run) -> Iterator[Row]:
-    """The rows of a run's metrics.jsonl, in order.
+    """The rows of a run's metrics.jsonl, rounds 1, 2, …
 
     Raises:
       ValueError: the file is missing or damaged.
     """
+    number = 0
     try:
         with open(folder / run.path / "metrics.jsonl") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if row["round"] != number:
+                    raise ValueError(f"line {number} is of round {row['round']}")
+                yield row
+        if number == 0:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise refuse("out", str(folder / run.path), f"metrics.jsonl: {error}") from None
 
 
@@ -152,63 +164,36 @@ def digest(path: str) -> str:
     return PurePosixPath(path).parent.name
 
 
-def _read_run(folder: Path, path: str) -> Run | None:
-    """None if it is unfinished; ValueError if it is there and cannot be read."""
+def _planned(path: str, entry: Mapping[str, Any]) -> Run:
+    """A run as sweep.json has it."""
+    cap = math.nan if entry["cap"] is None else entry["cap"]
+    values = dict(entry["grid"])
+    return Run(path, entry["run"], entry["seed"], cap, values, entry["baseline"], None, {})
+
+
+def _with_summary(folder: Path, run: Run) -> Run:
     try:
-        config = json.loads((folder / path / "config.json").read_text())
-        summary = json.loads((folder / path / "summary.json").read_text())
-        failed = summary["failed"]
-        return Run(
-            path,
-            config["run"],
-            config["options"]["seed"],
-            config["options"]["cap"] if config["run"] == "noise" else math.nan,
-            dict(config["grid"]),
-            config["baseline"],
-            failed and {"round": failed["round"], "cause": failed["cause"]},
-            {} if failed else {name: summary[name] for name in SUMMARY},
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        summary = json.loads((folder / run.path / "summary.json").read_text())
+        if failed := summary["failed"]:
+            return run._replace(failed={"round": failed["round"], "cause": failed["cause"]})
+        return run._replace(summary={name: summary[name] for name in SUMMARY})
     except (ValueError, KeyError, TypeError) as error:
         allowed = f"is a damaged run ({error}); remove it and let the sweep do it again"
-        raise refuse("out", str(folder / path), allowed) from None
+        raise refuse("out", str(folder / run.path), allowed) from None
 
 
 def _configurations(
-    grid: dict[str, list[Any]], planned: Sequence[str], runs: dict[str, Run]
+    grid: dict[str, list[Any]], planned: Mapping[str, Run], runs: Mapping[str, Run]
 ) -> list[Configuration]:
     """A row each of the report, in the order of the grid."""
     flags = [flag for flag in grid if flag != "seed"]
-    groups: dict[str, list[Run]] = {}
-    for path, run in runs.items():
-        groups.setdefault(digest(path), []).append(run)
-    unfinished = Counter(digest(path) for path in planned if path not in runs)
-    placed = []
-    for name, group in groups.items():
-        if group[0].kind == "noise":
-            values = {flag: group[0].values.get(flag) for flag in flags}
-            one = Configuration(values, group[0].cap, group, unfinished[name])
-            placed.append((_place(grid, values), one))
-
-    # A configuration of which no run is complete has left no file that gives its values: it is
-    # one of the grid's that are not there, unless the plan lacks some of these.
-    baselines = {digest(run.baseline) for run in runs.values() if run.baseline}
-    unknown = len(set(unfinished) - set(groups) - baselines)
-    there = {place for place, _ in placed}
-    places = itertools.product(*(range(len(grid[flag])) for flag in flags))
-    absent = [place for place in places if place not in there]
-    if len(absent) <= unknown:
-        for place in absent:
-            values = {flag: grid[flag][at] for flag, at in zip(flags, place, strict=True)}
-            one = Configuration(values, values.get("cap"), [], len(grid.get("seed", [0])))
-            placed.append((place, one))
-    return [one for _, one in sorted(placed, key=lambda pair: pair[0])]
-
-
-def _place(grid: dict[str, list[Any]], values: dict[str, Any]) -> tuple[int, ...]:
-    """Where in the grid a configuration stands; after all others what the grid does not have."""
-    return tuple(
-        grid[flag].index(value) if value in grid[flag] else len(grid[flag])
-        for flag, value in values.items()
-    )
+    members: dict[str, list[Run]] = {}
+    for run in planned.values():
+        if run.kind == "noise":
+            members.setdefault(digest(run.path), []).append(run)
+    found = []
+    for group in members.values():
+        complete = [runs[run.path] for run in group if run.path in runs]
+        values = {flag: group[0].values[flag] for flag in flags}
+        found.append(Configuration(values, group[0].cap, complete, len(group) - len(complete)))
+    return sorted(found, key=lambda one: [grid[flag].index(one.values[flag]) for flag in flags])

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.sweep_results import is_complete
 from noisefl.config import refuse
-from noisefl.record import open_and_lock, plain
+from noisefl.record import note_changes, open_and_lock, plain
 
 
 class SweepFolder:
@@ -52,29 +53,16 @@ class SweepFolder:
         """Takes the folder for a sweep, or for one with more runs than the folder's has.
 
         Args:
-          description: JSON values; "runs" are the paths of all planned runs.
+          description: JSON values; "runs" has all planned runs by path.
 
         Raises:
           ValueError: the folder holds something else.
         """
-        file = self.path / "sweep.json"
-        if file.exists():
-            try:
-                before = json.loads(file.read_text())["runs"]
-            except (ValueError, TypeError, KeyError):
-                raise refuse("out", str(self.path), "its sweep.json is not one of ours") from None
-            if missing := sorted(set(before) - set(description["runs"])):
-                allowed = (
-                    f"holds a sweep with {len(missing)} runs that this one has not; "
-                    "a sweep may only grow: give all of its flags, or another --out"
-                )
-                raise refuse("out", str(self.path), allowed)
-        elif any((self.path / name).exists() for name in ("runs", "config.json", "metrics.jsonl")):
-            raise refuse("out", str(self.path), "holds other files of ours, but no sweep.json")
-        _replace(file, _json(description))
+        check(self.path, description["runs"])
+        _replace(self.path / "sweep.json", _json(description))
 
     def is_done(self, run: str) -> bool:
-        return (self.path / run / "summary.json").exists()
+        return is_complete(self.path / run)
 
     def write_run(
         self,
@@ -99,6 +87,7 @@ class SweepFolder:
         }
         for name, text in files.items():
             _write(new / name, text)
+        shutil.rmtree(final, ignore_errors=True)  # of which someone has removed a part
         os.replace(new, final)
 
     def open_batches(self) -> list[dict[str, Any]]:
@@ -124,6 +113,24 @@ class SweepFolder:
                 self.drop_batch(batch["name"])
         for folder in self.path.glob("runs/*/.*.new"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(path: Path, runs: Iterable[str]) -> None:
+    """Raises ValueError if the folder holds anything but a sweep of some of these runs."""
+    file = path / "sweep.json"
+    if file.exists():
+        try:
+            before = dict(json.loads(file.read_text())["runs"])
+        except (ValueError, TypeError, KeyError):
+            raise refuse("out", str(path), "its sweep.json is not one of ours") from None
+        if missing := set(before) - set(runs):
+            allowed = (
+                f"holds a sweep with {len(missing)} runs that this one has not; "
+                "a sweep may only grow: give all of its flags, or another --out"
+            )
+            raise refuse("out", str(path), allowed)
+    elif any((path / name).exists() for name in ("runs", "config.json", "metrics.jsonl")):
+        raise refuse("out", str(path), "holds other files of ours, but no sweep.json")
 
 
 class BatchFolder:
@@ -153,6 +160,24 @@ class BatchFolder:
 
     def __exit__(self, *exception):
         self._manager.close()
+
+    def resumed(self, provenance: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What the batch was begun under, and, if it has a checkpoint, goes on under.
+
+        Args:
+          provenance: versions, device, … of this process, the first.
+
+        Returns:
+          The values for config.json, and warnings about what is not as it was.
+        """
+        file, warnings = self.path / "batch.json", []
+        before = json.loads(file.read_text())
+        begun = dict(before["provenance"]) if self.round else dict(provenance)
+        if self.round:
+            warnings = note_changes(begun, provenance, f"batch {self.path.name}")
+        if (now := {**before, "provenance": begun}) != before:
+            _replace(file, _json(now))
+        return begun, warnings
 
     @property
     def round(self) -> int:

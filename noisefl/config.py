@@ -147,6 +147,9 @@ class Config:
             raise refuse("image_shape", self.image_shape, "must be (height, width, channels)")
         if self.redraw == "rescale" and self.calibrator not in ("additive", "geometric"):
             raise refuse("redraw", self.redraw, "needs a loop: calibrator additive or geometric")
+        if self.on_infeasible == "skip" and self.calibrator in ("unverified", "snr"):
+            allowed = f"would skip every round: calibrator={self.calibrator!r} vouches for none"
+            raise refuse("on_infeasible", self.on_infeasible, allowed)
         if not 0 < self.client_fraction <= 1:
             raise refuse("client_fraction", self.client_fraction, "must be in (0, 1]")
         if self.sampled < 2:
@@ -195,12 +198,13 @@ class Hyper:
       clip_norm: largest global norm of a local gradient; read only with `Config.clipping`.
       cap: largest accuracy a distributed copy may have, a fraction of 1.
       cap_margin: the calibrator aims at `cap − cap_margin`; `feasible` speaks of that aim.
-      error_rate: δ, chance a round that a pair ships as feasible although one copy's accuracy
-        exceeds the aim; read by "sequential" and "predictive".
+      error_rate: δ, chance a round that a pair ships as feasible although one copy's accuracy on
+        new images, of classes as frequent as in the judging split, exceeds the aim; read by
+        "sequential" and "predictive".
       strength: σ0, the strength of the loop's first try, and the weakest of all but "additive";
         the strength itself with "fixed" and "unverified"; with "snr" the logits' ratio of noise.
       strength_step: what "additive" adds a try.
-      strength_factor: what "geometric", "parallel" and "sequential" multiply by a try.
+      strength_factor: what "geometric" and "parallel" multiply by a try.
       strength_max: σ_max; there, fresh draws go on until `max_tries`, one rescaled draw ends.
       max_tries: bound on the tries of a round, the first included.
       warmup_rounds: τ; the rounds t ≤ τ run without noise. `NEVER` makes the run plain FedAvg.

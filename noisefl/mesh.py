@@ -98,13 +98,19 @@ def own(tree: Any) -> Any:
 
 
 def memory_a_device(on: Mesh) -> int:
-    """Bytes that a device of this process may hold; on a CPU its share of the machine's memory."""
+    """Bytes that a device may hold, the least of all processes'; a CPU's is its share of the
+    machine's memory."""
     device = on.local_devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // jax.local_device_count()
+        own = int(stats["bytes_limit"])
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        own = pages // jax.local_device_count()
+    if jax.process_count() == 1:
+        return own
+    mebibytes = multihost_utils.process_allgather(np.int32(own >> 20))  # no int64 without x64
+    return int(np.min(mebibytes)) << 20
 
 
 def everyones(tree: Any) -> Any:

@@ -37,9 +37,13 @@ def make_probe(
     batch = strategy.eval_batch(config)
     accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
 
+    def of_copy(copy: Params) -> jax.Array:
+        """NaN of a dead copy, which would else be wrong on every image and so hold any cap."""
+        return jnp.where(evaluate.is_finite(copy), accuracy_of(copy), jnp.nan)
+
     def accuracy(draw: noise.Draw, strength: jax.Array) -> Reading:
         xi = noise.scaled(base, draw, strength, config.noise_scale)
-        plus, minus = (accuracy_of(noise.apply(base, xi, sign)) for sign in (1, -1))
+        plus, minus = (of_copy(noise.apply(base, xi, sign)) for sign in (1, -1))
         return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
 
     def copies(

@@ -115,16 +115,10 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
         self.rows = self._covered_rows()
         self._write_rows()
-        changed = {name: value for name, value in here.items() if value != self._stored.get(name)}
-        if changed and changed not in self._stored.get("resumed", []):
-            self._stored.setdefault("resumed", []).append(changed)
+        warnings = note_changes(self._stored, here, "the run")
         self._stored["options"]["rounds"] = self.options["rounds"]
         self._write("config.json", self._stored)
-        return [
-            f"{name} is {value!r}, and was {self._stored.get(name)!r} when the run began: "
-            "results may differ from an uninterrupted run's"
-            for name, value in changed.items()
-        ]
+        return warnings
 
     def restore(self, run: str, like: Any) -> Any:
         """The newest checkpoint of `run` in the structure of `like`, or None if it has none."""
@@ -179,6 +173,8 @@ class RunFolder:
         """The stored config.json, None if the folder holds no run; ValueError on another run's."""
         file = self.path / "config.json"
         if not file.exists():
+            if (self.path / "sweep.json").exists():
+                raise refuse("out", str(self.path), "holds a sweep; give another --out")
             if any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
                 raise refuse("out", str(self.path), "holds files of a run, but no config.json")
             return None
@@ -268,6 +264,27 @@ def open_and_lock(path: Path) -> int | None:
     except OSError:  # a file system without locks
         pass
     return descriptor
+
+
+def note_changes(stored: dict[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
+    """Adds to what a run began under, as "resumed", what of it is different now.
+
+    Args:
+      stored: JSON values by name.
+      here: those of the same names of this process.
+      what: began under it, for the warnings.
+
+    Returns:
+      A warning for each that is different: last bits may be so too.
+    """
+    changed = {name: value for name, value in here.items() if value != stored.get(name)}
+    if changed and changed not in stored.get("resumed", []):
+        stored.setdefault("resumed", []).append(changed)
+    return [
+        f"{name} is {value!r}, and was {stored.get(name)!r} when {what} began: "
+        "results may differ from an uninterrupted run's"
+        for name, value in changed.items()
+    ]
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:

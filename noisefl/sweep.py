@@ -16,11 +16,16 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from noisefl import keys, mesh, strategy
-from noisefl.config import Config, Hyper, as_arrays, refuse
+from noisefl.config import Config, Hyper, as_arrays, check_hyper, refuse
 from noisefl.data import FederatedData
 from noisefl.lanes import OF_A_LANE, own_places, put, select, stack, width
 from noisefl.rounds import RoundState, make_round
 from noisefl.simulate import Metrics, chunk_of_rounds
+
+
+class TooLarge(ValueError):
+    """Not even one lane a device fits in memory."""
+
 
 USABLE = 0.8  # of a device's memory; the rest is for what the analysis of a program cannot see
 
@@ -112,7 +117,7 @@ def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[in
     """The largest of `lanes`, lanes / 2, … whose program fits in memory, as XLA analyses it.
 
     Raises:
-      ValueError: not even one lane a device does.
+      TooLarge: not even one lane a device does.
     """
     across, memory = on.shape[mesh.LANES], mesh.memory_a_device(on)
     while True:
@@ -121,7 +126,8 @@ def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[in
             return lanes, program
         if lanes <= across:
             needs = f"a lane needs {program.bytes_a_device / 1e9:.1f} GB"
-            raise refuse("lanes_at_once", lanes, f"{needs}, a device has {memory / 1e9:.1f}")
+            allowed = f"{needs}, a device has {memory / 1e9:.1f}"
+            raise TooLarge(str(refuse("lanes_at_once", lanes, allowed)))
         lanes = max(lanes // 2 // across * across, across)
 
 
@@ -160,9 +166,14 @@ def run(
       options: of `make_round`.
 
     Raises:
-      ValueError: arguments that do not agree on L; what `make_round` refuses.
+      ValueError: arguments that do not agree on L; what `check_hyper` and `make_round` refuse.
     """
     on = mesh.make() if on is None else on
+    if not (isinstance(roots, jax.Array) and roots.ndim == 1 and roots.size):
+        shape = getattr(roots, "shape", type(roots).__name__)
+        raise refuse("roots", shape, "must be an array of keys [L], of at least one lane")
+    if lanes_at_once is not None and lanes_at_once < 1:
+        raise refuse("lanes_at_once", lanes_at_once, "must be at least 1")
     data = data if isinstance(data, FederatedData) else stack(data)
     if data.clients.ndim != 3:
         raise refuse("data", "of one run", "must be of `stack`, or one a lane")
@@ -173,6 +184,8 @@ def run(
     for name, leaf in vars(as_arrays(hypers)).items():
         if leaf.shape not in ((), (total,)):
             raise refuse(name, leaf.shape, f"must be one number, or one for each of {total} roots")
+    for one in dict.fromkeys(configs):
+        check_hyper(hypers, one)
     numbers = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (total,)), as_arrays(hypers))
     for name, count in (("config", len(configs)), ("data", data.counts.shape[0])):
         if count != total:

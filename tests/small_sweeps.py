@@ -103,11 +103,11 @@ def contents(out: Path, *names: str) -> dict[str, bytes]:
 
 
 def found(out: Path, **values: Any) -> list[tuple[dict, list[dict], dict]]:
-    """(config, rows, summary) of the runs with these grid values, or `run` of that kind."""
+    """(config, rows, summary) of the runs with these options, or `run` of that kind."""
     runs = []
     for file in sorted(out.glob("runs/*/*/config.json")):
         config = json.loads(file.read_text())
-        if {**config["grid"], "run": config["run"]}.items() >= values.items():
+        if {**config["options"], "run": config["run"]}.items() >= values.items():
             text = (file.parent / "metrics.jsonl").read_text()
             rows = [json.loads(line) for line in text.splitlines()]
             runs.append((config, rows, json.loads((file.parent / "summary.json").read_text())))

@@ -60,13 +60,23 @@ class FakeSweep:
     def __init__(self, folder: Path, grid: dict[str, list[Any]]):
         self.folder = folder
         self.grid = grid
-        self.runs: list[str] = []
+        self.runs: dict[str, Row] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def plan(self, name: str, seed: int) -> str:
-        """A run that is not done; its path."""
+    def plan(
+        self, name: str, seed: int, values: Row, baseline: str | None, cap: float = 0.6,
+        kind: str | None = None,
+    ) -> str:  # fmt: skip
+        """A run that is not done, by default of noise if it has a baseline; its path."""
         path = f"runs/{name}/seed={seed}"
-        self.runs.append(path)
+        kind = kind or ("fedavg" if baseline is None else "noise")
+        self.runs[path] = {
+            "run": kind,
+            "seed": seed,
+            "cap": cap if kind == "noise" else None,
+            "grid": values | ({"seed": seed} if "seed" in self.grid else {}),
+            "baseline": baseline,
+        }
         self.write("sweep.json", {"grid": self.grid, "runs": self.runs})
         return path
 
@@ -83,16 +93,13 @@ class FakeSweep:
         kind: str | None = None,
     ) -> str:
         """A complete run, by default of noise if it has a baseline, else of FedAvg; its path."""
-        path = self.plan(name, seed)
-        kind = kind or ("fedavg" if baseline is None else "noise")
-        values = values | ({"seed": seed} if "seed" in self.grid else {})
+        path = self.plan(name, seed, values, baseline, cap, kind)
+        planned = self.runs[path]
         config = {
-            "run": kind,
+            "run": planned["run"],
             # FedAvg has no flags that only noise has.
             "options": {"seed": seed, "partition": "iid", **values}
-            | ({"cap": cap} if kind == "noise" else {}),
-            "grid": values,
-            "baseline": baseline,
+            | ({"cap": cap} if planned["run"] == "noise" else {}),
             "versions": {"jax": "0.10"},
         }
         self.write(f"{path}/config.json", config)
@@ -127,8 +134,8 @@ def small_sweep(folder: Path) -> Path:
         sweep.run(name, seed, values, results, rows, baseline=fedavg[seed], cap=cap)
 
     noise("single", 0.4, "sequential", 1, summary(0.8, max_shared_accuracy=0.39))
-    sweep.plan("single", 0)
-    sweep.plan("single", 2)
+    for seed in (0, 2):
+        sweep.plan("single", seed, {"cap": 0.4, "calibrator": "sequential"}, fedavg[seed], 0.4)
     for seed, owner, shared, over, images in (
         (0, 0.90, 0.45, 0, 800),
         (1, 0.92, 0.51, 1, 1000),
@@ -141,5 +148,5 @@ def small_sweep(folder: Path) -> Path:
     noise("broken", 0.5, "bisection", 2, summary(None, failed=BROKEN))
     noise("broken", 0.5, "bisection", 1, summary(0.8, protected_rounds=0))
     for seed in (0, 1, 2):
-        sweep.plan("nothing", seed)
+        sweep.plan("nothing", seed, {"cap": 0.4, "calibrator": "bisection"}, fedavg[seed], 0.4)
     return folder

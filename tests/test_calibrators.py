@@ -154,15 +154,16 @@ def never(strength, z):
 
 @pytest.mark.parametrize("holds_at", [above_one, by_the_draw, in_stripes, never])
 @pytest.mark.parametrize("carry", [math.nan, 0.02, 1.5, 77.0])
-def test_parallel_ships_the_weakest_of_a_batch_that_holds(holds_at, carry):
+@pytest.mark.parametrize("most", [47, 48])
+def test_parallel_ships_the_weakest_of_a_batch_that_holds(holds_at, carry, most):
     """Two draws by four strengths a batch; a batch without one that holds is followed by more."""
     for seed in range(4):
-        fields = {"strength_factor": 1.5, "max_tries": 47}
+        fields = {"strength_factor": 1.5, "max_tries": most}
         result, after, seen = watch(PARALLEL, holds_at, carry, seed, **fields)
         start = 0.01 if math.isnan(carry) else min(max(carry, 0.01), 6.0)
         start = max(start / 1.5**2, 0.01)
         batches, good, ladder = 0, [], [start]
-        while not good and (batches == 0 or 8 * (batches + 1) <= 47):
+        while not good and (batches == 0 or 8 * (batches + 1) <= most):
             ladder = [min(start * 1.5**j, 6.0) for j in range(4)]
             batch, seen = seen[:8], seen[8:]
             draws = sorted({z for z, _ in batch})
@@ -212,6 +213,33 @@ def test_snr_reaches_the_ratio_on_linear_logits(ratio, direction):
     assert reached == pytest.approx(ratio, rel=1e-4)
     assert (result.tries, result.evaluations, result.samples) == (1, 3, 150)
     assert not result.feasible
+
+
+def test_snr_measures_both_copies_on_random_images():
+    """The minus copy moves three times as fast; 64 of 300 images are asked for, any of them."""
+    table, asked = np.random.default_rng(2).normal(size=(2, 300, 4)), []
+
+    def logits(draw, strengths, images):
+        asked.append(np.asarray(images))
+        clean, noise = (jnp.asarray(x, jnp.float32)[images] for x in table)
+        pace = jnp.where(strengths < 0, 3, 1) * strengths
+        return clean + pace[:, None, None] * noise
+
+    def accuracy(draw, strength):
+        raise AssertionError("never a whole split")
+
+    probe = Probe(jax.random.normal, accuracy, logits, jnp.zeros(300, jnp.int32))
+    numbers = hyper(strength=0.7, strength_max=50.0)
+    for seed in (0, 1):
+        result, _ = calibrate.snr().calibrate(jax.random.key(seed), BASE, probe, numbers, ())
+        images = asked[-1]
+        assert len(set(images.tolist())) == len(images) == 64
+        clean, noise = table[:, images]
+        spread = np.std(clean - clean.mean(axis=1, keepdims=True))
+        moved = np.sqrt((1 + 9) / 2 * np.mean(noise**2))
+        assert result.strength == pytest.approx(0.7 * spread / moved, rel=1e-4)
+    assert max(asked[0]) > 200
+    assert set(asked[0].tolist()) != set(asked[1].tolist())
 
 
 @pytest.mark.parametrize(

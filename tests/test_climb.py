@@ -129,9 +129,8 @@ def naive(lane: Lane, chunk: int, redraw: bool) -> Naive:
             return Naive(True, strength, draw, attempt, reads, near, why)
         if attempt == lane.max_tries:
             break
-        top, higher = strength >= TOP, min(strength * float(lane.factor), TOP)
-        draw += redraw or top
-        strength = float(lane.start) if top and not redraw else higher
+        draw = attempt if redraw or strength >= TOP else draw
+        strength = min(strength * float(lane.factor), TOP)
     return Naive(False, strength, draw, int(lane.max_tries), reads, near, why)
 
 
@@ -286,14 +285,16 @@ def test_without_a_chunk_of_blocks_it_ends_at_once(number):
     assert (found.evaluations, found.samples) == (0, 0)
 
 
-@pytest.mark.parametrize("fails", range(6))
+@pytest.mark.parametrize("fails", range(5))
 def test_later_attempts_spend_their_shares_of_the_error(fails):
-    """All right in the first attempts, at strengths 0.5 and 1 of each draw, and then all wrong."""
+    """All right in the first attempts, then all wrong: at strengths 0.5 and 1 of the first draw,
+    at 1, which is σ_max, of others."""
     accuracy = np.full((DRAWS, RUNGS, 2), -1.0)
-    accuracy[: fails // 2] = 2
-    accuracy[fails // 2, : fails % 2] = 2
+    accuracy[0, : [0, 1, RUNGS][min(fails, 2)]] = 2
+    accuracy[2 : max(fails, 2)] = 2
     found = climbed(plain(True, accuracy=accuracy, max_tries=fails + 1), 2)
-    assert (found.feasible, found.tries, found.draw) == (True, fails + 1, fails // 2)
-    assert found.strength == 0.5 * 2 ** (fails % 2)
+    draw = fails if fails > 1 else 0
+    assert (found.feasible, found.tries, found.draw) == (True, fails + 1, draw)
+    assert found.strength == (1 if fails else 0.5)
     shown = first(np.zeros(99), 0.01 * share_of_attempt(fails + 1))
     assert found.samples == 2 * (fails * first(np.ones(99), FUTILE, over=True) + 2 * shown)

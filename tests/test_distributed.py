@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,16 @@ def processes():
         yield started
 
 
-def start_both(processes: Processes, *args: str) -> list[subprocess.Popen[str]]:
+def start_both(
+    processes: Processes, *args: str, second: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """`second`: more flags of the second one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
     common = ("--distributed", place, "--num_processes=2", "--cpu_devices=2")
-    return [processes.start(*args, *common, f"--process_id={i}") for i in (0, 1)]
+    more = [(), second]
+    return [processes.start(*args, *common, f"--process_id={i}", *more[i]) for i in (0, 1)]
 
 
 def run_both(processes: Processes, *args: str) -> None:
@@ -110,6 +115,24 @@ def test_one_is_killed_and_both_go_on(args, uninterrupted, processes, tmp_path, 
     assert_same_runs(out, uninterrupted, exact=not more)
 
 
+@pytest.mark.parametrize(
+    ("second", "line"),
+    [
+        ("--checkpoint_every=3", "given the same flags and code: checkpoint_every"),
+        ("--dataset=/nowhere.npz", "dataset='/nowhere.npz': no such file"),
+    ],
+)
+def test_processes_of_different_flags_are_refused(args, processes, tmp_path, second, line):
+    """They would wait for each other without end."""
+    out = tmp_path / "sweep"
+    both = start_both(processes, *args, f"--out={out}", second=[second])
+    said = [process.communicate(timeout=LIMIT)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    for err in said:
+        assert line in err.splitlines()[-1]
+    assert not out.exists()
+
+
 def test_a_refusal_by_the_first_ends_the_second(args, uninterrupted, processes, tmp_path):
     """Only the first process looks at the folder."""
     (tmp_path / "config.json").write_text("{}")
@@ -117,5 +140,5 @@ def test_a_refusal_by_the_first_ends_the_second(args, uninterrupted, processes, 
     said = [process.communicate(timeout=LIMIT)[1] for process in both]
     assert both[0].returncode == 2
     assert "holds other files of ours" in said[0].splitlines()[-1]
-    assert both[1].returncode != 0
+    assert both[1].returncode == 2
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]

@@ -39,13 +39,19 @@ COUNTS = {  # images of each class
     "every strength its own luck": 10 * [40],
 }
 CALIBRATORS = {
-    "sequential": calibrate.sequential(chunk=40, limit=SIZE),
+    "sequential": calibrate.sequential(chunk=40, limit=SIZE, step=1.03),
     # No gap: half of what it foretells is above the aim, and only the verification knows.
     "predictive": calibrate.predictive(
         draws=2, scouts=30, gap=0.0, chunk=40, limit=SIZE, step=1.03
     ),
     "bisection": calibrate.bisection(),
 }
+CALIBRATORS["sequential, any labels"] = calibrate.sequential(
+    chunk=40, limit=SIZE, step=1.03, stratified=False
+)
+CALIBRATORS["predictive, any labels"] = calibrate.predictive(
+    draws=2, scouts=30, gap=0.0, chunk=40, limit=SIZE, step=1.03, stratified=False
+)
 
 
 def spread(classes: str) -> np.ndarray:
@@ -64,7 +70,7 @@ class World(NamedTuple):
     """A population, less its thresholds."""
 
     curve: Any  # int32 [], index of CURVES
-    labels: Any  # int32 [SIZE]
+    labels: Any  # int32 [SIZE]; of `simulated`, [REPEATS, SIZE]
     far: Any  # float32 [10], `spread`
     luck: Any  # float32 []: how fast thresholds change with the strength
 
@@ -104,7 +110,6 @@ def simulated(name: str):
             cap=AIM + 0.05,
             cap_margin=0.05,
             strength=0.5,
-            strength_factor=1.03,
             strength_max=4.0,
             max_tries=6,
             error_rate=error_rate,
@@ -120,18 +125,24 @@ def simulated(name: str):
 
     def all_of(world, error_rate):
         keys = jax.random.split(jax.random.key(17), REPEATS)
-        shipped, failed = jax.vmap(one, (0, None, None))(keys, world, error_rate)
+        over = World(curve=None, labels=0, far=None, luck=None)
+        shipped, failed = jax.vmap(one, (0, over, None))(keys, world, error_rate)
         return jnp.sum(shipped), jnp.sum(failed)
 
     return jax.jit(all_of)
 
 
-def failures(name: str, curve: str, classes: str, error_rate: float) -> tuple[int, int]:
-    """Of REPEATS rounds: (shipped as feasible, of which wrongly)."""
-    labels = jnp.asarray(np.repeat(np.arange(10), COUNTS[classes]), jnp.int32)
+def failures(
+    name: str, curve: str, classes: str, error_rate: float, fresh: bool = False
+) -> tuple[int, int]:
+    """Of REPEATS rounds: (shipped as feasible, of which wrongly). `fresh`: with labels drawn anew
+    in each, ten classes alike."""
+    labels = np.tile(np.repeat(np.arange(10), COUNTS[classes]), (REPEATS, 1))
+    if fresh:
+        labels = np.random.default_rng(23).integers(0, 10, labels.shape)
     luck = 1000.0 if classes == "every strength its own luck" else 0.0
     far = jnp.asarray(spread(classes), jnp.float32)
-    world = World(list(CURVES).index(curve), labels, far, luck)
+    world = World(list(CURVES).index(curve), jnp.asarray(labels, jnp.int32), far, luck)
     shipped, failed = simulated(name)(world, jnp.float32(error_rate))
     return int(shipped), int(failed)
 
@@ -171,4 +182,16 @@ def test_the_simulation_can_fail(curve, classes):
 def test_the_simulation_sees_a_larger_error_rate(name, classes):
     """The bound of 5% is close enough to tell a test that spends 50%, which keeps its own."""
     _, failed = failures(name, HARDEST, classes, 0.5)
+    assert allowed(0.05) < failed <= allowed(0.5)
+
+
+@pytest.mark.parametrize("classes", ["classes alike", "classes differ"])
+@pytest.mark.parametrize("name", ["sequential", "predictive"])
+def test_without_strata_the_labels_may_be_a_sample_too(name, classes):
+    _, failed = failures(f"{name}, any labels", HARDEST, classes, 0.05, fresh=True)
+    assert failed <= allowed(0.05)
+    shipped, failed = failures(f"{name}, any labels", "crosses", classes, 0.05, fresh=True)
+    assert failed <= allowed(0.05)
+    assert shipped > 50
+    _, failed = failures(f"{name}, any labels", HARDEST, classes, 0.5, fresh=True)
     assert allowed(0.05) < failed <= allowed(0.5)

@@ -131,8 +131,19 @@ def test_the_last_axis_varies_fastest_and_every_run_knows_its_place():
         assert set(run.flags) == set(options.defaults())
 
 
-def test_a_combination_given_twice_is_run_once():
-    assert len(noise("server_clients=m/2,5,2")) == 2
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("server_clients=m/2,5,2", "grid='server_clients=5, seed=0': is the same run as "),
+        (
+            "eval_batch=7,07",
+            "grid='eval_batch=07, seed=0': is the same run as eval_batch=7, seed=0",
+        ),
+    ],
+)
+def test_two_spellings_of_one_run_are_refused(axis, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        noise(axis, "seed=0:2")
 
 
 # FedAvg
@@ -236,6 +247,16 @@ def test_static_options_each_have_a_program(axis):
             )
 
 
+def test_groups_are_called_by_what_tells_them_apart():
+    runs = runs_of("num_clients=50,100", "cap=0.4,0.5", "calibrator=additive,fixed", "momentum=0")
+    assert [group.title for group in groups(runs)] == [
+        f"lenet5, mnist, {calibrator}, num_clients={clients}"
+        for clients in (50, 100)
+        for calibrator in ("additive", "fixed")
+    ]
+    assert [group.title for group in groups(runs_of("seed=0:3"))] == ["lenet5, mnist, additive"]
+
+
 def test_every_run_is_in_one_group_and_one_batch():
     runs = runs_of("calibrator=additive,fixed", "cap=0.3,0.4,0.5", "seed=0:2")
     found = groups(runs)
@@ -265,6 +286,9 @@ def test_a_batch_is_named_by_its_runs_in_their_order():
         ("max_tries=1,100000000000000000000", "max_tries"),
         ("seed=0,99999999999", "seed=99999999999"),
         ("server_clients=2k", "server_clients='2k'"),
+        ("server_clients=1,99999999999m", "server_clients=999999999990: must be less than 2147"),
+        ("num_clients=60,99999999999999999999", "num_clients=99999999999999999999: must be less"),
+        ("eval_batch=1,9999999999", "eval_batch=9999999999: must be less than 2147483648"),
     ],
 )
 def test_a_combination_that_a_run_refuses_is_refused(grid, message):

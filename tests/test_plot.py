@@ -28,6 +28,7 @@ def made_up(rounds: int = 6, infeasible: tuple[int, ...] = (4,), warmup: int = 2
                     "strength": 0.1 * t if protected else 0.0,
                     "calibration_tries": 3 * t if protected else 0,
                     "feasible": t not in infeasible,
+                    "finite": True,
                 }
             )
     return rows
@@ -61,6 +62,19 @@ def test_accuracies_stand_against_their_rounds():
         np.testing.assert_array_equal(drawn.get_xdata(), rounds[start - 1 :])
         np.testing.assert_allclose(drawn.get_ydata(), wanted[start - 1 :])
     assert set(line(accuracy, "cap").get_ydata()) == {0.6}
+
+
+def test_a_dead_model_is_no_accuracy():
+    """Its row says 0, which would be drawn as a collapse to 0."""
+    rows = [row for row in made_up() if row["run"] == "fedavg" or row["round"] < 6]
+    rows[-1] |= {"finite": False, "owner_accuracy": 0.0, "base_accuracy": 0.0}
+    accuracy = axes_of(panel(rows))[0]
+    for name in ("owner", "base"):
+        np.testing.assert_array_equal(line(accuracy, name).get_xdata(), [1, 2, 3, 4])
+    (said,) = accuracy.texts
+    assert (said.get_text(), said.xy[0]) == ("W is NaN", 5)
+    assert [5, 5] in [list(mark.get_xdata()) for mark in accuracy.lines]
+    assert [5, 5] not in [list(mark.get_xdata()) for mark in axes_of(panel(made_up()))[0].lines]
 
 
 def test_infeasible_rounds_are_marked_in_both_panels():

@@ -83,8 +83,9 @@ def test_the_legend_says_what_lines_and_bands_are(sweep):
 
 def test_a_panel_a_configuration_with_its_own_cap(sweep):
     add_runs(sweep, "n6", {"cap": 0.6}, seeds=1)
-    sweep.run("n6", 1, {"cap": 0.6}, summary(None, failed={"round": 1, "cause": "NaN"}))
-    sweep.plan("n6", 2)
+    broken = summary(None, failed={"round": 1, "cause": "NaN"})
+    sweep.run("n6", 1, {"cap": 0.6}, broken, baseline="runs/f/seed=1")
+    sweep.plan("n6", 2, {"cap": 0.6}, "runs/f/seed=2")
     panels = figure_of(plot_sweep.accuracies, sweep.folder).axes
     titles = [axes.get_title() for axes in panels]
     assert titles[0] == "cap=0.4\n3 seeds"
@@ -100,7 +101,7 @@ def test_failed_runs_are_counted_and_not_drawn(sweep):
     failed = summary(None, failed={"round": 1, "cause": "NaN"})
     base = "runs/f/seed=0"
     sweep.run("n4", 3, {"cap": 0.4}, failed, broken, baseline=base, cap=0.4)
-    sweep.plan("n4", 4)
+    sweep.plan("n4", 4, {"cap": 0.4}, base)
     (axes,) = figure_of(plot_sweep.accuracies, sweep.folder).axes
     assert axes.get_title() == "cap=0.4\n3 seeds, 1 more failed, 1 unfinished"
     assert by_label(axes)["owner G"].get_ydata()[0] == pytest.approx(72)

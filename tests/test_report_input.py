@@ -3,36 +3,27 @@
 from pathlib import Path
 
 import pytest
-from sweep_folder import FakeSweep, small_sweep, summary
+from sweep_folder import FakeSweep, small_sweep
 
 from experiments import report, sweep_results, sweep_statistics
-
-
-def test_configurations_that_the_plan_lacks_are_not_made_up(tmp_path):
-    """Two spellings of one value are one configuration: the grid then has more than the plan."""
-    sweep = FakeSweep(tmp_path, {"server_clients": ["m", "10"]})
-    sweep.run("n", 0, {"server_clients": "m"}, summary(0.8), baseline="runs/f/seed=0")
-    sweep.plan("f", 0)
-    found = sweep_results.read(tmp_path)
-    assert [one.values for one in found.configurations] == [{"server_clients": "m"}]
-    assert (found.planned, found.unfinished) == (2, 1)
 
 
 def test_the_table_reads_no_rounds(tmp_path):
     folder = small_sweep(tmp_path)
     for file in folder.rglob("metrics.jsonl"):
-        file.unlink()
+        file.write_text("")
     _, rows = sweep_statistics.table(sweep_results.read(folder))
     assert rows[0]["owner_accuracy_mean"] == pytest.approx(0.93)
 
 
 def test_a_sweep_that_has_only_begun(tmp_path, capsys):
     sweep = FakeSweep(tmp_path, {"cap": [0.4, 0.5]})
-    for name in ("f", "n4", "n5"):
-        sweep.plan(name, 0)
+    base = sweep.plan("f", 0, {}, None)
+    for cap in (0.4, 0.5):
+        sweep.plan(f"n{cap}", 0, {"cap": cap}, base)
     assert report.main(["report", str(tmp_path)]) == 0
     assert [one.unfinished for one in sweep_results.read(tmp_path).configurations] == [1, 1]
-    sweep.write("sweep.json", {"grid": {"cap": [0.4]}, "runs": []})
+    sweep.write("sweep.json", {"grid": {"cap": [0.4]}, "runs": {}})
     assert report.main(["report", str(tmp_path)]) == 0
     assert len((tmp_path / "report.csv").read_text().splitlines()) == 1  # the columns
     assert "0 runs planned" in capsys.readouterr().out
@@ -64,24 +55,33 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "usage:" in one_line(capsys, "a", "b")
     assert "tensorbord" in one_line(capsys, "a", "--tensorbord=b")
     assert "out='nowhere': holds no sweep" in one_line(capsys, "nowhere")
-    for plan in ("{", "[]", '{"grid": {}}', '{"grid": {"cap": 0.4}, "runs": []}'):
+    for plan in ("{", "[]", '{"grid": {}}', '{"grid": {"cap": 0.4}, "runs": {}}'):
         (tmp_path / "sweep.json").write_text(plan)
         assert f"out='{tmp_path}': holds no sweep" in one_line(capsys, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.json"}
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("summary.json", "{"), ("summary.json", "{}"), ("config.json", '{"run": "noise"}')],
-)
-def test_a_damaged_run_is_named(tmp_path, capsys, name, content):
+@pytest.mark.parametrize("content", ["{", "{}", '{"failed": 3}'])
+def test_a_damaged_run_is_named(tmp_path, capsys, content):
     folder = small_sweep(tmp_path)
-    (folder / "runs/full/seed=1" / name).write_text(content)
+    (folder / "runs/full/seed=1/summary.json").write_text(content)
     line = one_line(capsys, str(folder))
     assert f"out='{folder}/runs/full/seed=1': is a damaged run" in line
 
 
-def test_damaged_rounds_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("content", ["", "{", "{}\n", "3\n", '{"round": 2}\n'])
+def test_damaged_rounds_are_named(tmp_path, capsys, content):
     folder = small_sweep(tmp_path)
-    (folder / "runs/full/seed=1/metrics.jsonl").write_text("{")
+    (folder / "runs/full/seed=1/metrics.jsonl").write_text(content)
     assert "runs/full/seed=1': metrics.jsonl" in one_line(capsys, str(folder))
+
+
+@pytest.mark.parametrize("name", sweep_results.FILES)
+def test_a_run_that_lacks_a_file_is_unfinished(tmp_path, name):
+    """As it is for the driver, which does it again."""
+    folder = small_sweep(tmp_path)
+    before = sweep_results.read(folder)
+    (folder / "runs/full/seed=1" / name).unlink()
+    found = sweep_results.read(folder)
+    assert found.unfinished == before.unfinished + 1
+    assert [one.unfinished for one in found.configurations] == [1, 0, 2, 3]

@@ -334,7 +334,7 @@ def test_a_data_set_out_of_reach_is_one_line_in_time(tiny, tmp_path):
         (
             ["--calibrator=fixed", "--strength=1e30", "--strength_max=1e31"],
             "run noise, round 2",
-            "noise of strength 1e+30",
+            "noise of strength 1e+30 in round 2",
             6,
         ),
     ],
@@ -348,6 +348,18 @@ def test_nan_names_the_round_and_the_cause(tiny, tmp_path, capsys, args, where, 
     assert len(found) == kept
     assert [row["finite"] for row in found] == [True] * (kept - 1) + [False]
     assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "figure1.png").stat().st_size > 10_000
+
+
+def test_the_cause_is_the_strongest_recent_noise():
+    """A collapsed base needs no noise: the round that broke it was before."""
+    found = [
+        {"run": "noise", "round": t, "protected": t > 1, "strength": strength}
+        for t, strength in enumerate([0.0, 9.0, 2.7, 0.1, 0.0], 1)
+    ]
+    assert "run noise, round 5: " in run.cause(found)
+    assert "noise of strength 2.7 in round 3 " in run.cause(found)
+    assert "noise of" not in run.cause(found[:1])
 
 
 # Flags

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -71,8 +72,8 @@ def right_in_three(signed, images):
 
 
 IN_THREE = {
-    "sequential": calibrate.sequential(chunk=12, limit=300),
-    "predictive": calibrate.predictive(scouts=60, gap=0.02, chunk=12, limit=300, step=1.4),
+    "sequential": calibrate.sequential(chunk=12, limit=300, step=1.5),
+    "predictive": calibrate.predictive(scouts=60, gap=0.02 / 0.6, chunk=12, limit=300, step=1.4),
 }
 
 
@@ -131,22 +132,30 @@ def pull(draw):
 
 
 @functools.cache
-def linear(gap: float):
-    """`predictive` without a climb, on logits exactly linear in the strength, and its calls."""
+def linear(gap: float, bend: float = 0.0, dead: float = 0.0):
+    """`predictive` without a climb, on logits exactly linear in the strength, and its calls.
+
+    Args:
+      gap: in accuracy.
+      bend: of logits that are not linear: how much both copies move alike.
+      dead: added to the logits of copies.
+    """
     calls: list = []
 
     def logits(draw, strengths, images):
         jax.debug.callback(lambda *call: calls.append(call), strengths, images, draw)
         clean, noise = (jnp.asarray(table, jnp.float32)[images] for table in (CLEAN, NOISE))
-        return clean + (pull(draw) * strengths)[:, None, None] * noise
+        moved = (pull(draw) * strengths)[:, None, None]
+        return clean + moved * noise + jnp.abs(moved) * (bend * noise[:, ::-1] + dead)
 
     def accuracy(draw, strength):
         raise AssertionError("never a whole split")
 
     def one(key, carry):
         probe = Probe(jax.random.normal, accuracy, logits, jnp.asarray(FIVE, jnp.int32))
-        numbers = hyper(strength=0.02, strength_max=20.0, max_tries=1)
-        return calibrate.predictive(scouts=400, gap=gap).calibrate(key, BASE, probe, numbers, carry)
+        numbers = hyper(strength=0.02, strength_max=1e6, max_tries=1)
+        calibrator = calibrate.predictive(scouts=400, gap=gap / 0.6)
+        return calibrator.calibrate(key, BASE, probe, numbers, carry)
 
     return jax.jit(one), calls
 
@@ -192,6 +201,39 @@ def test_predictive_is_exact_on_linear_logits(gap, carry, seed):
     assert 0.3 < result.strength / start < 3.0 or carry != 1.0
 
 
+def foretold(run, calls, carry: float) -> tuple[list[float], int]:
+    """The secants' strengths along the draw that ships and the strength that ships, and images."""
+    calls.clear()
+    result, _ = jax.device_get(run(jax.random.key(2), np.float32(carry)))
+    jax.effects_barrier()
+    pairs = [(float(signed[0]), float(draw)) for signed, _, draw in calls if len(signed) == 2]
+    assert {strength for strength, _ in pairs[:3]} == {np.float32(carry)}
+    assert {draw for _, draw in pairs[3:]} <= {float(result.draw)}
+    return [carry, *(strength for strength, _ in pairs[3:]), float(result.strength)], len(pairs)
+
+
+@pytest.mark.parametrize("carry", [0.2, 0.5, 1.0, 3.0, 9.0])
+def test_a_secant_is_trusted_near_itself_alone(carry):
+    """Within 1.5 of its strength where logits bend; on straight ones up to the grid's ends."""
+    for bend, near in ((0.7, 1.5), (0.0, 3.96)):
+        strengths, pairs = foretold(*linear(0.05, bend), carry)
+        assert pairs == 3 + len(strengths) - 2 < 7
+        steps = [max(a / b, b / a) for a, b in itertools.pairwise(strengths)]
+        assert steps[-1] <= near + 1e-3
+        assert all(step > near - 1e-3 for step in steps[:-1])
+        if bend and carry in (0.2, 9.0):
+            assert len(steps) > 1
+
+
+@pytest.mark.parametrize("dead", [0.0, math.nan])
+def test_secants_end_after_four(dead):
+    """From a hundred thousand times the strength that is needed, in grids that reach down to a
+    quarter; and where copies are dead and so hold at the weakest."""
+    strengths, pairs = foretold(*linear(0.05, dead=dead), 1e5)
+    assert pairs == 6
+    assert strengths == pytest.approx([1e5 / 4**n for n in range(5)], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "labels"),
     [("sequential", [2]), ("predictive", [2]), ("predictive", [1, 1, 0]), ("snr", [2])],
@@ -203,13 +245,13 @@ def test_a_tiny_split_ends(name, labels):
     assert not result.feasible
 
 
-CLIMBER, FORETELLER = calibrate.sequential(chunk=60), calibrate.predictive(chunk=30)
+CLIMBER, FORETELLER = calibrate.sequential(chunk=60, step=2.0), calibrate.predictive(chunk=30)
 
 
 @pytest.mark.parametrize(("carry", "start"), [(math.nan, 0.5), (0.6, 0.5), (1.0, 0.7), (99.0, 2.5)])
 def test_sequential_climbs_its_ladder_with_fresh_draws(carry, start):
     """All images right: each attempt fails, has its own draw, and those after σ_max stay there."""
-    numbers = {"strength": 0.5, "strength_factor": 2.0, "strength_max": 2.5, "max_tries": 7}
+    numbers = {"strength": 0.5, "strength_max": 2.5, "max_tries": 7}
     case = (CLIMBER, all_right, [0, 1, 2] * 20, np.float32(carry), 3)
     result, after, calls = calibrated(*case, **numbers)
     expected = [min(start * 2**j, 2.5) for j in range(7)]

@@ -3,6 +3,7 @@
 One program of three lanes is compiled, once a session; most sweeps are of it.
 """
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import small_sweeps
 from small_sweeps import SHORT, assert_complete, contents, found
 
-from experiments import run, sweep, sweep_group
+from experiments import report, run, sweep, sweep_group
+from noisefl.sweep import TooLarge
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_every_run_is_what_the_driver_of_single_runs_makes(tiny, finished, tmp_p
         same = ("protected_rounds", "infeasible_rounds", "calibration_samples", "cap", "rounds")
         assert [summary[name] for name in same] == [whole[name] for name in same]
         assert summary["failed"] is None
-        driver = {"out", "resume", "checkpoint_every", "compilation_cache", "rounds_per_chunk"}
+        driver = {"out", "resume", "checkpoint_every", "compilation_cache"}
         flags = {k: v for k, v in config["options"].items() if k not in driver}
         assert (ours["options"], ours["run"]) == (flags, "noise")
         assert ours["versions"] == config["versions"]
@@ -81,11 +83,22 @@ def test_the_folder_says_what_it_holds(finished):
         assert [row["round"] for row in rows] == [1, 2, 3, 4]
         assert {row["run"] for row in rows} == {config["run"]}
         assert summary["rounds"] == 4
-        if config["run"] == "noise":
-            assert any(row["strength"] > 0 for row in rows)
-            reference = json.loads((finished / config["baseline"] / "config.json").read_text())
+        assert config["options"]["rounds_per_chunk"] == 1
+        assert summary["cap"] == config["options"].get("cap")  # FedAvg has none
+    for path, run_ in planned["runs"].items():
+        config = json.loads((finished / path / "config.json").read_text())
+        assert config["run"] == run_["run"]
+        assert config["options"].items() >= run_["grid"].items()
+        assert (run_["seed"], run_["cap"]) == (
+            config["options"]["seed"],
+            config["options"].get("cap"),
+        )
+        if run_["run"] == "noise":
+            rows = (finished / path / "metrics.jsonl").read_text().splitlines()
+            assert any(json.loads(row)["strength"] > 0 for row in rows)
+            reference = planned["runs"][run_["baseline"]]
             assert (reference["run"], reference["baseline"]) == ("fedavg", None)
-            assert reference["grid"] == {"seed": config["grid"]["seed"]}
+            assert reference["grid"] == {"seed": run_["seed"]}
     timings = [json.loads(file.read_text()) for file in finished.glob("runs/*/*/timing.json")]
     assert all(timing["seconds"] > 0 for timing in timings)
     assert len({timing["batch"] for timing in timings}) == 2
@@ -116,8 +129,71 @@ def test_a_grown_grid_keeps_what_is_done(tiny, finished, copy, monkeypatch):
     assert len(new) == 2
     assert len(contents(copy)) == len(contents(finished)) + 6
     assert [sorted(run.grid["cap"] for run in some) for some in asked[1:]] == [[0.4, 0.4]]
-    for config, *_ in new:  # the FedAvg runs that were there serve them too
-        assert (finished / config["baseline"] / "summary.json").exists()
+    planned = json.loads((copy / "sweep.json").read_text())["runs"].values()
+    for run_ in planned:  # the FedAvg runs that were there serve them too
+        if run_["cap"] == 0.4:
+            assert (finished / run_["baseline"] / "summary.json").exists()
+
+
+def test_grown_by_an_axis_and_by_fedavg_it_is_as_if_begun_so(tiny, finished, tmp_path):
+    out = tmp_path / "sweep"
+    seeds, _, *others = SHORT
+    begun = (*tiny, *others, seeds, "--cap=0.5", "--nobaseline", f"--out={out}")
+    assert main(*begun) == 0
+    assert len(contents(out, "summary.json")) == 2
+    assert main(*tiny, *SHORT, f"--out={out}") == 0
+    assert contents(out) == contents(finished)
+    assert report.main(["report", str(out)]) == 0
+    with open(out / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cap"], row["seeds"], row["baseline_gap_seeds"]) for row in rows] == [
+        ("0.3", "2", "2"),
+        ("0.5", "2", "2"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_run_that_lacks_a_file_is_done_again(tiny, finished, copy, name):
+    victim = sorted(copy.glob("runs/*/*"))[0]
+    (victim / name).unlink()
+    assert main(*tiny, *SHORT, f"--out={copy}") == 0
+    assert_complete(copy)
+    assert contents(copy) == contents(finished)
+
+
+def test_a_group_that_does_not_fit_is_left_out(tiny, finished, tmp_path, monkeypatch, capsys):
+    """And those after it are not: here the first of two groups."""
+    compile, out = sweep_group.Lanes.compile, tmp_path / "sweep"
+
+    def too_large(self, on, *args):
+        if self.config.batch_size == 20:
+            raise TooLarge("lanes_at_once=1: a lane needs 4312.0 GB, a device has 25.3")
+        return compile(self, on, *args)
+
+    monkeypatch.setattr(sweep_group.Lanes, "compile", too_large)
+    args = (*tiny, *SHORT, "--grid=batch_size=20,10", f"--out={out}")
+    assert main(*args, "--dry_run") == 0
+    assert capsys.readouterr().out.count("too large") == 1
+    assert main(*args) == 2
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("experiments.sweep: ")]
+    group = f"mlp, {small_sweeps_dataset(tiny)}, geometric, batch_size=20"
+    assert said == [
+        f"experiments.sweep: {group}: lanes_at_once=1: a lane needs 4312.0 GB, a device has 25.3; "
+        "its 6 runs are left out",
+        "experiments.sweep: 6 of 12 runs are left out, as said above",
+    ]
+    assert contents(out) == contents(finished)
+
+
+def small_sweeps_dataset(flags: list[str]) -> str:
+    return next(flag for flag in flags if flag.startswith("--dataset=")).removeprefix("--dataset=")
+
+
+def test_a_single_run_does_not_go_among_a_sweep(tiny, copy, capsys):
+    before = sorted(copy.rglob("*"))
+    assert run.main(["run", *tiny, f"--out={copy}"]) == 2
+    assert f"out='{copy}': holds a sweep; give another --out" in capsys.readouterr().err
+    assert sorted(copy.rglob("*")) == before
 
 
 def test_a_smaller_grid_is_refused(tiny, copy, capsys):
@@ -168,5 +244,12 @@ def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys):
     assert "1 compilations" in printed
     assert "nothing was written" in printed
     (row,) = [line for line in printed.splitlines() if "mlp" in line]
-    assert [cell.strip() for cell in row.split("│")][2:5] == ["6", "3", "2"]
+    assert [cell.strip() for cell in row.split("│")][2:5] == ["6 (2 FedAvg)", "3", "2"]
     assert not out.exists()
+
+
+def test_a_dry_run_says_what_is_done(tiny, copy, capsys):
+    before = {file: file.stat().st_mtime_ns for file in copy.glob("**/*")}
+    assert main(*tiny, *SHORT, "--dry_run", f"--out={copy}") == 0
+    assert "6 of the runs are done already; nothing was written" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in copy.glob("**/*")} == before

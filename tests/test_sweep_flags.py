@@ -44,12 +44,18 @@ def refused(capsys, *args: str) -> str:
         (["--cpu_devicez=1"], ["'cpu_devicez'", "Did you mean: cpu_devices"]),
         (["--lerning_rate=1"], ["'lerning_rate'", "Did you mean: learning_rate"]),
         (["--flagfile=mcmahon"], ["did you mean mcmahan?"]),
-        (["--lanes_at_once=0"], ["lanes_at_once='0'", "from 1, or auto"]),
-        (["--lanes_at_once=all"], ["lanes_at_once='all'", "from 1, or auto"]),
-        (["--cpu_devices=-1"], ["cpu_devices='-1'", "from 1, or auto"]),
+        (["--lanes_at_once=0"], ["lanes_at_once='0'", "from 1 to ", "or auto"]),
+        (["--lanes_at_once=all"], ["lanes_at_once='all'", "from 1 to ", "or auto"]),
+        (["--cpu_devices=-1"], ["cpu_devices='-1'", "from 1 to ", "or auto"]),
         (["--client_devices=0"], ["client_devices=0", "number of devices"]),
         (["--client_devices=two"], ["client_devices='two'", "whole number"]),
+        (["--cpu_devices=99999999999"], ["cpu_devices='99999999999'", "1 to 1024"]),
         (["--num_processes=1.5"], ["num_processes='1.5'", "whole number"]),
+        (["--num_processes=2"], ["num_processes=2: needs --distributed"]),
+        (["--process_id=0"], ["process_id=0: needs --distributed"]),
+        (["--coordinator=here:1"], ["coordinator='here:1': needs --distributed"]),
+        (["--rounds=9999999999"], ["rounds=9999999999", "less than 2147483648"]),
+        (["--grid=server_clients=m,m/2,1"], ["is the same run as server_clients="]),
         (["results"], ["'results'", "flags begin with --"]),
         # What only the data tell; values beyond the first of a grid as well.
         (["--grid=model=mlp,lenet5"], ["model='lenet5'", "(8, 8, 1)"]),
@@ -114,13 +120,15 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
         ("config.json", "{}", "holds other files of ours, but no sweep.json"),
         ("metrics.jsonl", "", "holds other files of ours, but no sweep.json"),
         ("sweep.json", "{}", "its sweep.json is not one of ours"),
+        ("sweep.json", '{"runs": ["one"]}', "its sweep.json is not one of ours"),
         ("sweep.json", "half", "its sweep.json is not one of ours"),
-        ("sweep.json", json.dumps({"runs": ["runs/0/seed=0"]}), "may only grow"),
+        ("sweep.json", json.dumps({"runs": {"runs/0/seed=0": {}}}), "may only grow"),
     ],
 )
-def test_the_folder_of_something_else_is_refused(tiny, tmp_path, capsys, name, text, message):
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["", "dry"])
+def test_the_folder_of_something_else_is_refused(tiny, tmp_path, capsys, name, text, message, dry):
     (tmp_path / name).write_text(text)
-    assert message in refused(capsys, *tiny, f"--out={tmp_path}")
+    assert message in refused(capsys, *tiny, *dry, f"--out={tmp_path}")
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == text
 

@@ -117,18 +117,65 @@ def test_a_batch_of_other_devices_begins_anew(tiny, finished, tmp_path, calls, m
     assert contents(out) == contents(finished)
 
 
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
+def test_a_batch_of_another_width_goes_on_as_it_began(
+    tiny, finished, tmp_path, calls, monkeypatch, capsys
+):
+    """Its three lanes, and its chunks of a round; the other three runs go by what is asked now."""
+    args = (*tiny, *SHORT, f"--out={tmp_path / 'sweep'}")
+    interrupted_in_round_4(args, monkeypatch)
+    calls.clear()
+    assert main(*args, "--lanes_at_once=6", "--rounds_per_chunk=3") == 0
+    assert [len(call[0]) for call in calls] == [3] * 2 + [6] * 2
+    assert "begin anew" not in capsys.readouterr().err
+    assert_complete(tmp_path / "sweep")
+    ours, theirs = contents(tmp_path / "sweep"), contents(finished)
+    for name, content in ours.items():
+        if name.endswith("config.json"):
+            chunks = json.loads(content)["options"].pop("rounds_per_chunk")
+            assert (chunks == 1) == (content == theirs[name])
+        else:
+            assert content == theirs[name]
 
 
-@pytest.mark.parametrize("rows", [7, 12], ids=["the first", "the last"])
-def test_half_a_line_after_the_checkpoint(tiny, finished, tmp_path, calls, monkeypatch, rows):
-    """Rounds 3 and 4 of three lanes have rows, some of them, but no checkpoint."""
-    args, saved = (*tiny, *SHORT, f"--out={tmp_path / 'sweep'}"), []
+def test_a_batch_that_goes_on_under_other_versions_says_so(
+    tiny, finished, tmp_path, calls, monkeypatch, capsys
+):
+    args, real = (*tiny, *SHORT, f"--out={tmp_path / 'sweep'}"), sweep.provenance
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "provenance", lambda: {**real(), "git_revision": "older"})
+        interrupted_in_round_4(args, monkeypatch)
+    capsys.readouterr()
+    assert main(*args) == 0
+    warned = [x for x in capsys.readouterr().err.splitlines() if "git_revision is" in x]
+    assert len(warned) == 1
+    assert "and was 'older' when batch" in warned[0]
+    configs = [
+        json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("runs/*/*/config.json")
+    ]
+    now = real()["git_revision"]
+    assert sorted((c["git_revision"], str(c.get("resumed"))) for c in configs) == sorted(
+        [("older", str([{"git_revision": now}]))] * 3 + [(str(now), "None")] * 3
+    )
+
+
+def test_a_batch_that_holds_runs_of_two_groups_now_begins_anew(
+    tiny, tmp_path, calls, monkeypatch, capsys
+):
+    """FedAvg goes with the first group that it fits, here another one than before."""
+    out = tmp_path / "sweep"
+    args = (*tiny, "--grid=seed=0:2", f"--out={out}")
+    interrupted_in_round_4(args, monkeypatch)
+    capsys.readouterr()
+    assert main(*args, "--grid=calibrator=fixed,geometric") == 0
+    assert "was begun for another grid; its runs begin anew" in capsys.readouterr().err
+    assert_complete(out)
+
+
+def interrupted_in_round_4(args: tuple[str, ...], monkeypatch) -> None:
+    """Of the first batch; the checkpoint of round 2 is there."""
     save = sweep_store.BatchFolder.save
 
     def stop(self, states, number):
-        saved.append(number)
         if number == 4:
             raise KeyboardInterrupt
         save(self, states, number)
@@ -136,7 +183,45 @@ def test_half_a_line_after_the_checkpoint(tiny, finished, tmp_path, calls, monke
     with monkeypatch.context() as patch:
         patch.setattr(sweep_store.BatchFolder, "save", stop)
         assert main(*args) == 130
-    assert saved == [2, 4]  # --checkpoint_every=2
+
+
+@pytest.mark.parametrize("written", [0, 2])
+def test_progress_counts_every_run_once(tiny, tmp_path, calls, monkeypatch, written):
+    """Killed when some runs of a batch were written, the rest are what is left to do."""
+    args, write, shown = (*tiny, *SHORT, f"--out={tmp_path / 'sweep'}"), sweep_store.SweepFolder, []
+    made = sweep.SweepProgress
+
+    def remembered(*args):
+        shown.append(made(*args))
+        return shown[-1]
+
+    monkeypatch.setattr(sweep, "SweepProgress", remembered)
+    write_run, left = write.write_run, [None] * written
+
+    def stop(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write_run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_run", stop)
+        assert main(*args) == 130
+    assert main(*args) == 0
+    everything, group, _ = shown[-1].tasks
+    assert (everything.completed, everything.total) == (6 * 4, 6 * 4)
+    assert (group.completed, group.total, group.description) == (6, 6, "group 1/1")
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("rows", [7, 12], ids=["the first", "the last"])
+def test_half_a_line_after_the_checkpoint(tiny, finished, tmp_path, calls, monkeypatch, rows):
+    """Rounds 3 and 4 of three lanes have rows, some of them, but no checkpoint."""
+    args = (*tiny, *SHORT, f"--out={tmp_path / 'sweep'}")
+    interrupted_in_round_4(args, monkeypatch)
     (file,) = (tmp_path / "sweep").glob("batches/*/metrics-0.jsonl")
     lines = [line for line in file.read_bytes().splitlines() if line]
     assert [json.loads(line)["round"] for line in lines] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3

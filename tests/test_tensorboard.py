@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
     rows = [noise_row(1, 0.8, 0.3, 0.2), noise_row(2, None, 0.4, 0.2, feasible=False)]
     failed = summary(None, failed={"round": 2, "cause": "NaN"})
     sweep.run("3f2a", 0, values, failed, rows, baseline=base, cap=0.5)
-    sweep.plan("3f2a", 1)
+    sweep.plan("3f2a", 1, values, base)
     return tmp_path / "sweep"
 
 

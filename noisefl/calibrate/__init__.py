@@ -37,7 +37,8 @@ _ON_SPLIT = (
 )
 _ON_DISTRIBUTION = (
     "with probability 1 - error_rate a round, over the images and their order, no copy that ships "
-    "as feasible exceeds the aim on the images' distribution, for a base not fitted to them"
+    "as feasible exceeds the aim on new images with classes as frequent as in the judging split, "
+    "for a base and a first strength not chosen on it"
 )
 GUARANTEES = {
     **dict.fromkeys(("additive", "geometric", "fixed", "bisection", "parallel"), _ON_SPLIT),

@@ -26,7 +26,8 @@ class Probe(NamedTuple):
     """All that a calibrator may ask about the base W.
 
     `draw(key)` draws unit noise. `accuracy(draw, strength)` is the Reading of W ± strength · draw
-    on all N images of the judging split; what its calls share is computed once. `logits(draw,
+    on all N images of the judging split, NaN for a copy that has parameters which are not finite;
+    what its calls share is computed once. `logits(draw,
     strengths, images)`, with signed strengths [G] and indices int32 [n] into that split, is float32
     [G, n, C] of the copies W + strength · draw, and costs G · n forward passes.
 

@@ -11,12 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from noisefl.calibrate.base import Probe, num_classes
+
 STRATA = 10
 
 
 class Blocks(NamedTuple):
-    """T blocks of S images. The weighted share of correct images of a block has the accuracy of the
-    model as its mean, given all blocks before it."""
+    """T blocks of S images. The weighted share of correct images of a block has as its mean, given
+    all blocks before it, the accuracy of the model on new images with the classes' shares.
+
+    That is exact where every stratum is one class, or the labels are as random as the images. For
+    strata of several classes it holds on average over the blocks alone: class counts are fixed, and
+    drawn from without putting back. Computed for binary populations of 5 to 300 images, the chance
+    that a bet against them wins was then at most 0.89 of what it may be.
+    """
 
     images: jax.Array  # int32 [T, S], indices into the split; no image of weight > 0 comes twice
     weights: jax.Array  # float32 [S], the strata's shares; they sum to 1
@@ -31,9 +39,10 @@ class Blocks(NamedTuple):
 def blocks(key: jax.Array, labels: jax.Array, num_classes: int, images: int) -> Blocks:
     """Deals that many images, or all there are, out to blocks.
 
-    A stratum is one class, or several neighbours where there are more than `STRATA`, of about
-    N / STRATA images. Where one of them is too small for half of the blocks, strata are every tenth
-    image of the split instead, and nothing is gained.
+    A stratum is one class, or several neighbours of about N / STRATA images where there are more
+    than `STRATA`, or where classes are of unlike sizes; a large class may then leave strata empty,
+    whose images weigh nothing. Where a stratum is too small for half of the blocks, strata are
+    every tenth image of the split instead, and nothing is gained.
 
     Args:
       key: randomness of the order.
@@ -62,4 +71,18 @@ def blocks(key: jax.Array, labels: jax.Array, num_classes: int, images: int) -> 
         images=lax.top_k(drawn, number)[1].T,
         weights=held / size,
         number=jnp.where(by_class, jnp.minimum(fewest, number), number).astype(jnp.int32),
+    )
+
+
+def deal(key: jax.Array, probe: Probe, images: int, stratified: bool) -> Blocks:
+    """Of the judging split; not `stratified`, any images, as if all were of one class."""
+    if stratified:
+        return blocks(key, probe.labels, num_classes(probe), images)
+    order = jax.random.permutation(key, probe.labels.shape[0])[:images]
+    strata = min(STRATA, order.size)
+    number = order.size // strata
+    return Blocks(
+        images=order[: number * strata].reshape(number, strata).astype(jnp.int32),
+        weights=jnp.full(strata, 1 / strata),
+        number=jnp.int32(number),
     )

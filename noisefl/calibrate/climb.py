@@ -18,7 +18,6 @@ class _Climb(NamedTuple):
     draw: Draw
     strength: jax.Array  # float32 []
     attempt: jax.Array  # int32 [], from 1
-    number: jax.Array  # int32 []: of the draw, from 0
     minus: jax.Array  # bool []: W + ξ has passed, W − ξ is being judged
     read: jax.Array  # int32 []: blocks that this copy has been judged on
     shared: jax.Array | None  # [T · S, …]: what all copies share of the jury's images,
@@ -42,23 +41,26 @@ def climb(
 ) -> Calibration:
     """Tries start, start · factor, … until both copies pass; attempt j spends its share of δ.
 
-    A draw that fails at σ_max is given up for a fresh one, from the start again. With `redraw`
-    every attempt has a fresh draw, as in the source, and those after σ_max stay there. Ends after
-    `max_tries` attempts with the last one, which then does not hold. A copy undecided after all
-    blocks does not pass; without a chunk of blocks none does, and the first attempt is the last.
+    At σ_max it stays, and takes fresh draws; with `redraw` every attempt has one, as in the source.
+    Ends after `max_tries` attempts with the last one, the strongest, which then does not hold. A
+    copy undecided after all blocks does not pass; without a chunk of blocks none does, and the
+    first attempt is the last.
 
     The ladder is fixed before the jury is seen, so that all attempts may read the same images: the
-    error rates add up. P(feasible, one copy's accuracy above the aim) ≤ δ, for accuracies on the
-    distribution of the images with the strata's shares as they are in the split.
+    error rates add up. P(feasible, one copy's accuracy above the aim) ≤ δ over the jury's images
+    and their order, for accuracies on new images whose classes are as frequent as in the split.
+    Two copies spend no more than one: a wrong pair must pass with the one copy that is wrong.
 
     One flat loop, a chunk of one copy a step: under vmap lanes then wait for the one that reads
     most, and not at every copy and attempt.
 
     Args:
       probe: of the base.
-      draw_of: int32 [], from 0, counts the fresh draws → draw.
+      draw_of: int32 [], attempts before this draw, from 0 → draw.
       start: float32 [], the first strength, at least σ0.
-      jury: images on which neither the base, the draw nor the ladder was chosen.
+      jury: images on which neither the base, the draw nor the ladder was chosen. Rounds after the
+        first protected one come close to that and no more: strengths that shipped before were
+        chosen on the same split, and they shaped the base.
       hyper: `cap`, `cap_margin`, `error_rate`, `strength_max`, `max_tries`.
       factor: between two strengths.
       chunk: images between two looks, about.
@@ -79,20 +81,18 @@ def climb(
         bets, outcome = wager.settle(s.wager, right @ jury.weights, target, error)
         read = s.read + step
 
-        passed = outcome.under & ~dead & (target > 0)
+        passed = outcome.under & ~dead
         failed = ~passed & (outcome.over | dead | (read + step > jury.number))
         holds = passed & s.minus
         last = s.attempt >= hyper.max_tries
         onward = failed & ~last
-        top = s.strength >= hyper.strength_max
         higher = jnp.minimum(s.strength * factor, hyper.strength_max)
-        renew = onward & (top | redraw)
+        renew = onward & ((s.strength >= hyper.strength_max) | redraw)
         fresh = passed | failed
         return _Climb(
-            draw=lax.cond(renew, lambda: draw_of(s.number + 1), lambda: s.draw),
-            strength=jnp.where(onward, jnp.where(top & (not redraw), start, higher), s.strength),
+            draw=lax.cond(renew, lambda: draw_of(s.attempt), lambda: s.draw),
+            strength=jnp.where(onward, higher, s.strength),
             attempt=s.attempt + onward,
-            number=s.number + renew,
             minus=passed | (s.minus & ~failed),
             read=jnp.where(fresh, 0, read),
             shared=shared,
@@ -128,7 +128,6 @@ def climb(
         draw=draw_of(none),
         strength=start,
         attempt=jnp.int32(1),
-        number=none,
         minus=no,
         read=none,
         shared=None if room is None else jnp.zeros(room.shape, room.dtype),

@@ -8,7 +8,10 @@ from noisefl.config import Hyper
 
 
 def fixed() -> Calibrator:
-    """One draw at σ0, evaluated once so that `feasible` is honest. Controls the cap in no way."""
+    """One draw at σ0, evaluated once so that `feasible` is honest. Controls the cap in no way.
+
+    Guarantee: as `bisection`, of the rounds that are feasible.
+    """
 
     def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
         del base

@@ -40,7 +40,9 @@ def accuracy_loop(
     Try j = 0 is at σ0, so that σ0 = 0 asks first whether the bare base needs noise at all. The
     strength stays at σ_max once it is there. The loop gives up, infeasible, after `max_tries`, and
     with one draw already after a failed try at σ_max, since another would be the same; it then
-    ships the last, strongest try. The very pair that ships has been evaluated on the whole split.
+    ships the last, strongest try.
+
+    Guarantee: as `bisection`: on the N images of the judging split, and on those alone.
 
     A ReLU network with max pooling is nearly homogeneous in its first layer, so that its accuracy
     tends to a limit as σ grows: without the bounds the loop need not end (ALGORITHM.md, "The loop

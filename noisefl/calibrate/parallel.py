@@ -34,7 +34,7 @@ def parallel(draws: int = 2, strengths: int = 8) -> Calibrator:
 
     Args:
       draws: side by side.
-      strengths: of each.
+      strengths: of each. A batch is never cut: the first goes even beyond `max_tries`.
     """
     each = draws * strengths
 

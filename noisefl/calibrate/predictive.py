@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from noisefl import evaluate, keys
-from noisefl.calibrate.base import Calibrator, Draw, Probe, aim, num_classes, warm_start
-from noisefl.calibrate.blocks import blocks
+from noisefl.calibrate.base import Calibrator, Draw, Probe, aim, warm_start
+from noisefl.calibrate.blocks import deal
 from noisefl.calibrate.climb import climb
 
 GRID = np.geomspace(0.25, 4.0, 65)  # strengths foretold, times that of the secant
@@ -59,12 +59,13 @@ def _straight(clean: jax.Array, pair: jax.Array) -> jax.Array:
 def predictive(
     draws: int = 3,
     scouts: int = 120,
-    gap: float = 0.05,
+    gap: float = 1 / 12,
     chunk: int = 50,
     limit: int = 1500,
     step: float = 1.07,
+    stratified: bool = True,
 ) -> Calibrator:
-    """Foretells the strength at which the better copy is `gap` below the aim, and verifies it.
+    """Foretells the strength at which the better copy is somewhat below the aim, and verifies it.
 
     Of several draws it takes the one that needs least: one draw at whatever strength it needs broke
     models down (BUILD_NOTES.md).
@@ -74,20 +75,22 @@ def predictive(
 
     Args:
       draws: of which the one with the weakest foretold strength is taken.
-      scouts: images of which logits are taken, at most half of the split.
-      gap: below cap − cap_margin; small ones need more images, large ones more strength.
+      scouts: images of which logits are taken, at most half of all that are dealt.
+      gap: share of cap − cap_margin that is left below it (0.05 of 0.6); small ones need more
+        images, large ones more strength.
       chunk: images between two looks of the verification.
       limit: images that one copy is verified on at most; undecided then, it climbs.
       step: factor of that climb.
+      stratified: as in `sequential`.
     """
 
     def calibrate(key, base, probe: Probe, hyper, carry):
         del base
-        dealt = blocks(keys.stream(key, "images"), probe.labels, num_classes(probe), scouts + limit)
+        dealt = deal(keys.stream(key, "images"), probe, scouts + limit, stratified)
         most, strata = dealt.images.shape
         number = max(1, min(scouts // strata, most // 2))
         seen, jury = dealt.slice(0, number), dealt.slice(number)
-        chosen, target = seen.images.reshape(-1), aim(hyper) - gap
+        chosen, target = seen.images.reshape(-1), aim(hyper) * (1 - gap)
         labels, logits = probe.labels[chosen], probe.of(chosen)
 
         def draw_of(number: jax.Array) -> Draw:

@@ -37,7 +37,7 @@ def start() -> Wager:
 def share_of_error(attempt: jax.Array) -> jax.Array:
     """Part of the round's error rate that attempt j = 1, 2, … may spend; they sum to 1.
 
-    Three quarters for the first, which is usually the last.
+    Three quarters for the first, which with `predictive` is usually the last.
     """
     j = attempt.astype(jnp.float32)
     return jnp.where(j < 1.5, 0.75, 0.25 / jnp.maximum(j * (j - 1), 1.0))
