@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
-from sweep_folder import FakeSweep, noise_row, summary
+from sweep_folder import FakeSweep, fedavg_row, noise_row, summary
 
 from experiments import plot_comparison, plot_sweep, report, sweep_results
 
@@ -26,7 +26,11 @@ def by_label(axes: Any) -> dict[str, Any]:
 def two_by_two(folder: Path) -> FakeSweep:
     """Two caps, given from high to low, and two calibrators; one of four has a single seed."""
     sweep = FakeSweep(folder, {"cap": [0.6, 0.5], "calibrator": ["sequential", "bisection"]})
-    base = [sweep.run("f", seed, {}, summary(0.95 + seed / 50)) for seed in (0, 1)]
+    owners = [0.95 + seed / 50 for seed in (0, 1)]
+    base = [
+        sweep.run("f", seed, {}, summary(owner), [fedavg_row(1, owner)])
+        for seed, owner in enumerate(owners)
+    ]
     for name, cap, calibrator, owners, over, images in (
         ("a", 0.6, "sequential", (0.90, 0.94), 0, 4000),
         ("b", 0.5, "sequential", (0.88,), 1, 8000),

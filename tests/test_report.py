@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pyarrow import parquet
-from sweep_folder import FakeSweep, noise_row, small_sweep, summary
+from sweep_folder import FakeSweep, fedavg_row, noise_row, small_sweep, summary
 
 from experiments import report, sweep_statistics
 
@@ -193,7 +193,7 @@ def test_what_it_writes_and_says(reported, capsys, monkeypatch):
 
 def test_without_a_cap_in_the_grid_that_of_the_options_is_there(tmp_path):
     sweep = FakeSweep(tmp_path, {"model": ["mlp"]})
-    base = sweep.run("f", 7, {}, summary(0.9))
+    base = sweep.run("f", 7, {}, summary(0.9), [fedavg_row(1, 0.9)])
     sweep.run("n", 7, {"model": "mlp"}, summary(0.8), [noise_row(1, 0.8, 0.3, 0.3)], baseline=base)
     assert report.main(["report", str(tmp_path)]) == 0
     assert rows_of(tmp_path)[0]["cap"] == "0.6"

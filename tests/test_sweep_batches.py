@@ -72,7 +72,9 @@ def made_up(total: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
     """Hypers, roots and data of lanes, all different."""
     sources: list[Any] = [lane.data for lane in many_lanes.lanes()[1:3]]  # of two widths
     hypers = Hyper(
-        learning_rate=rng.permutation(total) + 1.0, cap=rng.permutation(total) / 2 / total + 0.25
+        learning_rate=rng.permutation(total) + 1.0,
+        cap=rng.permutation(total) / 2 / total + 0.25,
+        strength=0.5,
     )
     bits: Any = rng.integers(0, 2**32, (total, 2), np.uint32)
     data = [
