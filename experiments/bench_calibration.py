@@ -3,13 +3,16 @@
 All calibrators set the noise of the same bases, saved from several rounds of real runs (IID and
 non-IID, several seeds), with the same keys; each pair that ships is judged on 10,000 test images,
 disjoint from the 10,000 of validation that calibrators see. Then whole runs with each calibrator on
-paired seeds. `--quick` is a smaller version of all that.
+paired seeds. Every rule has its default settings, which know no data set. `--quick` is a smaller
+version of all that.
 """
 
-import json
+import importlib
+import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,238 +22,212 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.progress import Progress
 
-from experiments.calibration_figures import (
-    CAP,
-    against_source,
-    strength_ratio,
-    summary,
-    table,
-)
-from experiments.calibration_judge import Judge, make_judge
-from experiments.plot_calibration import picture
+import noisefl
+from experiments.bench import command, figures
+from experiments.bench.figures import CAP, strength_ratio
+from experiments.bench.judge import Judge, make_judge
 from noisefl import (
-    Config,
-    Hyper,
+    Experiment,
+    Federation,
+    RoundInfo,
+    State,
     calibrate,
-    fedavg,
-    federate,
     keys,
-    load,
-    make_round,
+    models,
     noise,
-    split,
+    parts,
+    schemes,
 )
-from noisefl.config import CHOICES, as_arrays, nearest, refuse
-from noisefl.data import FederatedData
-from noisefl.models import MODELS, by_name
-from noisefl.probing import make_probe
+from noisefl.errors import nearest, refuse
 
 _QUICK = flags.DEFINE_bool("quick", False, "at most 3 minutes on two cores")
-_CALIBRATORS = flags.DEFINE_list("calibrators", list(CHOICES["calibrator"]), "which, of all")
-_MODEL = flags.DEFINE_enum("model", "lenet5", list(MODELS), "model")
+_MODULES = flags.DEFINE_list("modules", [], "modules of calibrators of your own")
+_CALIBRATORS = flags.DEFINE_list("calibrators", None, "which; all that there are if not given")
+_MODEL = flags.DEFINE_enum("model", "lenet5", list(models.MODELS), "model")
 _LAYERS = flags.DEFINE_string("noise_layers", "last", "as in experiments.run")
-_SEEDS = flags.DEFINE_integer(
-    "seeds", 0, "seeds of the bases and runs; 0: 1 quick, else 4", lower_bound=0
-)
-_REPEATS = flags.DEFINE_integer("repeats", 0, "keys a base; 0: 3 quick, else 7", lower_bound=0)
-_ROUNDS = flags.DEFINE_integer("rounds", 0, "of whole runs; 0: 4 quick, else 15", lower_bound=0)
-_LANES = flags.DEFINE_integer(
-    "lanes", 32, "side by side under vmap, not with --quick; 0: none", lower_bound=0
-)
+_SEEDS = flags.DEFINE_integer("seeds", 0, "of bases and runs; 0: 1 quick, else 4", 0)
+_REPEATS = flags.DEFINE_integer("repeats", 0, "keys a base; 0: 3 quick, else 7", 0)
+_ROUNDS = flags.DEFINE_integer("rounds", 0, "of whole runs; 0: 4 quick, else 15", 0)
+_LANES = flags.DEFINE_integer("lanes", 32, "side by side under vmap, not quick; 0: none", 0)
 _JSON = flags.DEFINE_string("json", None, "file for the results")
 _PICTURE = flags.DEFINE_string("picture", "results/calibration.png", "file for the picture")
 
-HYPER = Hyper(learning_rate=0.1, cap=CAP, strength=0.5, strength_factor=1.2, strength_max=50.0)
-# The source starts without noise; the proxies' one number was set by hand, for this setting.
-OWN = {"additive": {"strength": 0.0}, "unverified": {"strength": 4.0}, "snr": {"strength": 1.0}}
-SCHEMES = ("iid", "shards")
+SETTINGS = {"cap": CAP, "strength_max": 50.0}  # one σ_max for all that have one
+PARTITIONS = ("iid", "shards")
 
 
 class Base(NamedTuple):
     """A base as it was before a round of a real run, with that run's data."""
 
     params: Any
-    data: FederatedData
+    data: Federation
     first: bool  # of its run: no strength has shipped before
     accuracy: float  # without noise, on test
 
 
-def main(argv: list[str]) -> None:
-    try:
-        check(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.bench_calibration: {error}")
-    console = Console(highlight=False, width=max(Console().width, 110))
-    seeds = _SEEDS.value or (1 if _QUICK.value else 4)
-    repeats = _REPEATS.value or (3 if _QUICK.value else 7)
-    judge = make_judge(by_name(_MODEL.value, 10), config("predictive"))
-    bases, round_seconds = train_bases(seeds, judge)
-    results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(_CALIBRATORS.value))
-        compiled = compile_all(_CALIBRATORS.value, bases[0])
-        for name in _CALIBRATORS.value:
-            progress.update(task, description=name)
-            result = measure(name, compiled[name], bases, repeats, round_seconds, judge)
-            result |= whole_runs(name, compiled[name], seeds, judge)
-            results.append(result)
-            progress.advance(task)
-            if not console.is_terminal:
-                print(
-                    f"{len(results)}/{len(_CALIBRATORS.value)} {name}", file=sys.stderr, flush=True
-                )
-    against_source(results)
-    title = f"{_MODEL.value}, noise on {_LAYERS.value}; {len(bases) * repeats} calibrations each"
-    console.print(table(results, title))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n")
-    picture(results, _PICTURE.value)
-    console.print(f"picture: {_PICTURE.value}")
-
-
-def check(argv: list[str]) -> None:
-    """Raises one line about the first flag that is wrong."""
-    if argv[1:]:
-        raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --")
-    for name in _CALIBRATORS.value:
-        if name not in CHOICES["calibrator"]:
-            raise refuse("calibrators", name, nearest(name, CHOICES["calibrator"]))
-    if _ROUNDS.value == 1:
-        raise refuse("rounds", 1, "must be 0 or at least 2: the first has no noise")
-    if _JSON.value:
-        Path(_JSON.value).touch()
-    Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
-    noise.target(by_name(_MODEL.value, 10), config("predictive"))
-
-
-def config(calibrator: str) -> Config:
-    return Config(
-        noise_layers=_LAYERS.value,
-        noise_scale="relative",
-        calibrator=calibrator,
-        local_test_size=1,
-    )
-
-
-def hyper_of(calibrator: str) -> Hyper:
-    return as_arrays(HYPER.replace(**OWN.get(calibrator, {})))  # pyright: ignore
-
-
-def federation(scheme: str, seed: int) -> FederatedData:
-    """Each scheme and seed has a validation split of its own."""
-    seed += 1000 * SCHEMES.index(scheme)
-    dataset = load("mnist")
-    return federate(dataset, num_clients=100, scheme=scheme, seed=seed, validation_size=10_000)
-
-
-def train_bases(seeds: int, judge: Judge) -> tuple[list[Base], float]:
-    """Bases of protected runs, and the seconds of a round without any calibration."""
-    saved = (3, 6) if _QUICK.value else (3, 6, 9, 12)
-    model, options = by_name(_MODEL.value, 10), config("predictive")
-    round_ = make_round(model, options)
-    step, hyper = jax.jit(round_.step), hyper_of("predictive")
-    bases, times = [], []
-    for scheme in SCHEMES:
-        for seed in range(seeds):
-            data, root = federation(scheme, seed), keys.root(seed)
-            state = round_.init(keys.stream(root, "init"))
-            for t in range(1, max(saved) + 1):
-                if t in saved:
-                    accuracy = float(judge.owner(state.base, data))
-                    bases.append(Base(state.base, data, t == saved[0], accuracy))
-                state, _ = step(keys.stream(root, "round", t), state, data, hyper)
-            for _ in range(3):
-                begin = time.perf_counter()
-                jax.block_until_ready(step(root, state, data, fedavg(hyper)))
-                times.append(time.perf_counter() - begin)
-    return bases, float(np.median(times))
-
-
 class Compiled(NamedTuple):
-    """One calibrator's programs."""
+    """One calibrator and its programs."""
 
-    init: Any  # () → its first carry
-    rule: Any  # (key, base, data, carry) → (Calibration, carry), not compiled
-    rule_compiled: Any
+    rule: calibrate.Calibrator
+    experiment: Experiment
+    function: Any  # (key, base, data, carry) → (secret, feasible, bill, carry), not compiled
+    calibration: Any  # the same, compiled
     step: Any  # a whole round
 
 
-def compile_all(names: list[str], like: Base) -> dict[str, Compiled]:
+def main(argv: list[str]) -> None:
+    rules = command.checked("bench_calibration", argv, check, _JSON.value)
+    seeds = _SEEDS.value or (1 if _QUICK.value else 4)
+    repeats = _REPEATS.value or (3 if _QUICK.value else 7)
+    pair = pair_of(calibrate.Predictive)
+    usual = experiment_of(pair)
+    judge = make_judge(usual, pair)
+    bases, round_seconds = train_bases(usual, seeds, judge)
+    results = []
+    for name, compiled in compile_all(rules, bases[0]).items():
+        result = measure(name, compiled, bases, repeats, round_seconds, judge)
+        results.append(result | whole_runs(compiled, seeds, judge))
+        print(f"{len(results)}/{len(rules)} {name}", file=sys.stderr, flush=True)
+    figures.against_source(results)
+    console = Console(highlight=False, width=max(Console().width, 110))
+    title = f"{_MODEL.value}, noise on {_LAYERS.value}; {len(bases) * repeats} calibrations each"
+    console.print(command.table(title, list(map(figures.line, results))))
+    command.write(_JSON.value, results)
+    figures.picture(results, _PICTURE.value)
+    console.print(f"picture: {_PICTURE.value}")
+
+
+def check() -> dict[str, type]:
+    """The calibrators of the flags by name; raises one line about the first flag that is wrong."""
+    for module in _MODULES.value:
+        importlib.import_module(module)
+    known = {parts.name_of(cls): cls for cls in parts.implementations(calibrate.Calibrator)}
+    for name in (chosen := _CALIBRATORS.value or list(known)):
+        if name not in known:
+            raise refuse("calibrators", name, nearest(name, list(known)))
+    if _ROUNDS.value == 1:
+        raise refuse("rounds", 1, "must be 0 or at least 2: the first has no noise")
+    Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
+    pair = pair_of(known[chosen[0]])
+    pair.touched(experiment_of(pair).functions, (28, 28, 1))
+    return {name: known[name] for name in chosen}
+
+
+def pair_of(rule: type) -> schemes.Pair:
+    """The scheme with that calibrator: its defaults, but for SETTINGS."""
+    own = {name: value for name, value in SETTINGS.items() if name in parts.specs(rule)}
+    return schemes.Pair(on=noise.layers(_LAYERS.value, relative=True), calibrator=rule(**own))
+
+
+def experiment_of(pair: schemes.Pair) -> Experiment:
+    return Experiment(models.by_name(_MODEL.value, 10), scheme=schemes.Warmup(pair)).resolved()
+
+
+def federation(partition: str, seed: int) -> Federation:
+    """Each partition and seed has a validation split of its own."""
+    seed += 1000 * PARTITIONS.index(partition)
+    dataset = noisefl.load("mnist")
+    return noisefl.federate(dataset, partition=partition, validation_size=10_000, seed=seed)
+
+
+def rounds(
+    step: Any, experiment: Experiment, data: Federation, seed: int, count: int
+) -> Iterator[tuple[State, State, RoundInfo, float]]:
+    """The first rounds of a run: state before, state after, what happened, seconds."""
+    root = keys.root(seed)
+    state = noisefl.init(root, experiment, data)
+    for _ in range(count):
+        begin = time.perf_counter()
+        after, info = jax.block_until_ready(step(root, state, data, experiment))
+        yield state, after, info, time.perf_counter() - begin
+        state = after
+
+
+def train_bases(experiment: Experiment, seeds: int, judge: Judge) -> tuple[list[Base], float]:
+    """Bases of protected runs, and the seconds of a round without any calibration."""
+    saved = (3, 6) if _QUICK.value else (3, 6, 9, 12)
+    step, bases, times = jax.jit(noisefl.step), [], []
+    for partition, seed in itertools.product(PARTITIONS, range(seeds)):
+        data = federation(partition, seed)
+        run = rounds(step, experiment, data, seed, max(saved))
+        for t, (before, *_) in enumerate(run, 1):
+            if t in saved:
+                accuracy = float(judge.owner(before.base, data))
+                bases.append(Base(before.base, data, t == saved[0], accuracy))
+        bare = rounds(step, noisefl.fedavg(experiment), data, seed, 3)
+        times += [seconds for *_, seconds in bare]
+    return bases, float(np.median(times))
+
+
+def compile_all(rules: dict[str, type], like: Base) -> dict[str, Compiled]:
     """Before anything is timed, and on all cores: one program's compilation keeps one busy."""
+    root = keys.root(0)
 
-    def one(name: str) -> Compiled:
-        model, options = by_name(_MODEL.value, 10), config(name)
-        paths = noise.target(model, options)
-        cut = split.at(model, paths, options.image_shape)
-        calibrator, hyper = calibrate.from_config(options), hyper_of(name)
+    def one(cls: type) -> Compiled:
+        pair = pair_of(cls)
+        experiment, rule = experiment_of(pair), pair.calibrator
 
-        def rule(key, base, data, carry):
-            probe = make_probe(model, cut, base, paths, data, options)
-            return calibrator.calibrate(key, base, probe, hyper, carry)
+        def calibration(key: Any, base: Any, data: Federation, carry: Any) -> Any:
+            members, judge = experiment.cohort.draw(key, data.counts), experiment.judge(data)
+            issue, carry = pair.issue(key, jnp.int32(2), base, base, members, judge, carry)
+            return issue.secret, issue.feasible, issue.bill, carry
 
-        round_, root = make_round(model, options), keys.root(0)
-        lowered = jax.jit(rule).lower(root, like.params, like.data, calibrator.init())
-        state = jax.eval_shape(round_.init, root)
-        step = jax.jit(round_.step).lower(root, state, like.data, hyper)
-        return Compiled(calibrator.init, rule, lowered.compile(), step.compile())
+        lowered = jax.jit(calibration).lower(root, like.params, like.data, rule.init())
+        state = jax.eval_shape(lambda key: noisefl.init(key, experiment, like.data), root)
+        step = jax.jit(noisefl.step).lower(root, state, like.data, experiment)
+        return Compiled(rule, experiment, calibration, lowered.compile(), step.compile())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
+        return dict(zip(rules, pool.map(one, rules.values()), strict=True))
 
 
 def measure(
-    name: str,
-    compiled: Compiled,
-    bases: list[Base],
-    repeats: int,
-    round_seconds: float,
+    name: str, compiled: Compiled, bases: list[Base], repeats: int, round_seconds: float,
     judge: Judge,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Calibrates every base `repeats` times; the carry goes along the rounds of a run."""
-    rows, seconds = [], []
+    rows, seconds, rule = [], [], compiled.rule
     for repeat in range(repeats):
-        carry = compiled.init()
+        carry = rule.init()
         for index, base in enumerate(bases):
-            carry = compiled.init() if base.first else carry
-            key = keys.stream(keys.stream(keys.root(repeat), "base", index), "calibration")
+            carry = rule.init() if base.first else carry
+            key = keys.stream(keys.root(repeat), "base", index)
             begin = time.perf_counter()
-            found, carry = jax.block_until_ready(
-                compiled.rule_compiled(key, base.params, base.data, carry)
+            secret, feasible, bill, carry = jax.block_until_ready(
+                compiled.calibration(key, base.params, base.data, carry)
             )
             seconds.append(time.perf_counter() - begin)
-            shipped = base.params, base.data, found.draw, found.strength
+            shipped = base.params, base.data, secret.draw, secret.strength
             rows.append(
                 {
-                    "tries": int(found.tries),
-                    "samples": int(found.samples),
-                    "feasible": bool(found.feasible),
-                    "over": bool(np.max(judge.pair(*shipped)) > np.float32(CAP)),
+                    "tries": int(bill.tries),
+                    "samples": int(bill.samples),
+                    "feasible": bool(feasible),
+                    "over": bool(np.max(judge.copies(*shipped)) > np.float32(CAP)),
                     "ratio": strength_ratio(np.asarray(judge.around(*shipped)), base.accuracy),
                 }
             )
+    middle, mean = float(np.median(seconds)), float(np.mean(seconds))
     return {
-        **summary(name, rows),
-        "wall_seconds": float(np.median(seconds)),
-        "wall_seconds_mean": float(np.mean(seconds)),
+        **figures.summary(name, rule.guarantee, rows),
+        "wall_seconds": middle,
+        "wall_seconds_mean": mean,
         # The median is of usual calibrations; the mean has the few that read on as well.
-        "wall_share": float(np.median(seconds) / (np.median(seconds) + round_seconds)),
-        "wall_share_mean": float(np.mean(seconds) / (np.mean(seconds) + round_seconds)),
+        "wall_share": middle / (middle + round_seconds),
+        "wall_share_mean": mean / (mean + round_seconds),
         "validation_splits": len({id(base.data) for base in bases}),
-        **({} if _QUICK.value else lanes(compiled, bases[-1])),
+        **({} if _QUICK.value or not _LANES.value else lanes(compiled, bases[-1])),
     }
 
 
 def lanes(compiled: Compiled, base: Base) -> dict[str, Any]:
     """Seconds a lane of one lane, and of many under vmap, which wait for the slowest."""
-    if not _LANES.value:
-        return {}
-    seconds = {}
+    seconds, carry = {}, compiled.rule.init()
     for count in (1, _LANES.value):
         many = jax.random.split(keys.root(7), count)
-        carries = jax.tree.map(lambda leaf, n=count: jnp.stack([leaf] * n), compiled.init())
-        lanewise = jax.jit(jax.vmap(compiled.rule, in_axes=(0, None, None, 0)))
+        carries = jax.tree.map(lambda leaf, n=count: jnp.stack([leaf] * n), carry)
+        lanewise = jax.jit(jax.vmap(compiled.function, in_axes=(0, None, None, 0)))
         arguments = (many, base.params, base.data, carries)
         jax.block_until_ready(lanewise(*arguments))
         begin = time.perf_counter()
@@ -259,32 +236,27 @@ def lanes(compiled: Compiled, base: Base) -> dict[str, Any]:
     return {"seconds_a_lane": seconds}
 
 
-def whole_runs(name: str, compiled: Compiled, seeds: int, judge: Judge) -> dict[str, Any]:
+def whole_runs(compiled: Compiled, seeds: int, judge: Judge) -> dict[str, Any]:
     """Whole IID runs with the calibrator: the owner at the end, rounds over the cap, seconds."""
     count = _ROUNDS.value or (4 if _QUICK.value else 15)
-    model, options, hyper = by_name(_MODEL.value, 10), config(name), hyper_of(name)
-    init = make_round(model, options).init
-    owners, violations, seconds = [], 0, []
+    owners, over, seconds = [], 0, []
     for seed in range(seeds):
-        data, root = federation("iid", seed), keys.root(seed)
-        state = init(keys.stream(root, "init"))
-        spent = 0.0
-        for t in range(1, count + 1):
-            begin = time.perf_counter()
-            key = keys.stream(root, "round", t)
-            new, info = jax.block_until_ready(compiled.step(key, state, data, hyper))
-            spent += time.perf_counter() - begin
-            if bool(info.protected):
-                found = info.calibration
-                pair = judge.pair(state.base, data, found.draw, found.strength)
-                violations += bool(np.max(pair) > np.float32(CAP))
-            state = new
-        owners.append(float(judge.owner(state.owner, data)))
-        seconds.append(spent)
+        data, owner = federation("iid", seed), None
+        seconds.append(0.0)
+        for before, after, info, spent in rounds(
+            compiled.step, compiled.experiment, data, seed, count
+        ):
+            seconds[-1] += spent
+            owner = after.owner
+            if info.issue.protected:
+                secret = info.issue.secret
+                copies = judge.copies(before.base, data, secret.draw, secret.strength)
+                over += bool(np.max(copies) > np.float32(CAP))
+        owners.append(float(judge.owner(owner, data)))
     return {
         "run_rounds": count,
         "run_owner_accuracy": owners,
-        "run_rounds_over_cap": violations / (seeds * (count - 1)),
+        "run_rounds_over_cap": over / (seeds * (count - 1)),
         "run_seconds": float(np.mean(seconds)),
     }
 

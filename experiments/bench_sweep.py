@@ -18,15 +18,16 @@ from typing import Any
 import jax
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
-from experiments.options import find_preset
-from experiments.provenance import provenance
-from noisefl.config import refuse
+from experiments.bench import command
+from experiments.sweep.options import find_file
+from experiments.sweep.provenance import provenance
+from noisefl import mesh
+from noisefl.errors import refuse
 
 _LANES = flags.DEFINE_integer("lanes", 16, "runs of the sweeps", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "of each run", lower_bound=1)
-_PRESET = flags.DEFINE_string("preset", "quickstart", "a preset of experiments.run, or a file")
+_PRESET = flags.DEFINE_string("preset", "quickstart", "a flag file of experiments.run")
 _CPU_DEVICES = flags.DEFINE_list("cpu_devices", ["1", "2", "4"], "of one process")
 _PROCESSES = flags.DEFINE_list("processes", ["2"], "more set-ups, with a device in each process")
 _JSON = flags.DEFINE_string("json", None, "file for the results")
@@ -34,42 +35,32 @@ _LIMIT = 3600  # seconds for a command
 
 
 def main(argv: list[str]) -> None:
-    try:
-        setups = checked(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.bench_sweep: {error}")
     results = []
-    for setup in setups:
+    for setup in command.checked("bench_sweep", argv, check, _JSON.value):
         results.append(measure(*setup))
         results[-1]["ratio"] = results[-1]["seconds_a_run"] / results[0]["seconds_a_run"]
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps([*results, provenance()], indent=1) + "\n")
-    table = Table(title=f"{_PRESET.value}, {_ROUNDS.value} rounds", title_justify="left")
-    columns = ("runs", "devices", "processes", "s a run", "over one alone", "outside programs")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for r in results:
-        table.add_row(
-            *(str(r[name]) for name in ("runs", "devices", "processes")),
-            f"{r['seconds_a_run']:.1f}",
-            f"{r['ratio']:.2f}",
-            f"{r['outside_programs']:.1%}",
-        )
-    Console(highlight=False).print(table)
+    command.write(_JSON.value, [*results, provenance(mesh.make())])
+    lines = [
+        {
+            **{name: str(r[name]) for name in ("runs", "devices", "processes")},
+            "s a run": f"{r['seconds_a_run']:.1f}",
+            "over one alone": f"{r['ratio']:.2f}",
+            "outside programs": f"{r['outside_programs']:.1%}",
+        }
+        for r in results
+    ]
+    title = f"{_PRESET.value}, {_ROUNDS.value} rounds"
+    Console(highlight=False).print(command.table(title, lines))
 
 
-def checked(argv: list[str]) -> list[tuple[int, int, int]]:
+def check() -> list[tuple[int, int, int]]:
     """(runs, devices, processes) of each command; raises one line about the first bad flag."""
-    if argv[1:]:
-        raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --")
     for name, words in (("cpu_devices", _CPU_DEVICES.value), ("processes", _PROCESSES.value)):
         for word in words:
             if not word.isdecimal() or not 1 <= int(word) <= 64:
                 raise refuse(name, word, "must be whole numbers from 1 to 64")
-    find_preset(_PRESET.value)
-    if _JSON.value:
-        Path(_JSON.value).touch()
+    find_file(_PRESET.value)
     setups = [(1, 1, 1)] + [(_LANES.value, int(n), 1) for n in _CPU_DEVICES.value]
     return setups + [(_LANES.value, 1, int(n)) for n in _PROCESSES.value]
 
@@ -77,24 +68,20 @@ def checked(argv: list[str]) -> list[tuple[int, int, int]]:
 def measure(runs: int, devices: int, processes: int) -> dict[str, Any]:
     """One sweep of `runs` seeds."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        command = [
-            *(sys.executable, "-m", "experiments.sweep", f"--flagfile={_PRESET.value}"),
+        line = [
+            *(sys.executable, "-m", "experiments.run", f"--flagfile={_PRESET.value}"),
             *(f"--grid=seed=0:{runs}", f"--rounds={_ROUNDS.value}", "--nobaseline"),
             *(f"--out={folder}/sweep", "--compilation_cache=off", f"--cpu_devices={devices}"),
         ]
         places = [[]]
         if processes > 1:
-            meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
-            places = [
-                ["--distributed", *meet, f"--process_id={place}"] for place in range(processes)
-            ]
+            meet = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
+            meet += [f"--num_processes={processes}"]
+            places = [[*meet, f"--process_id={place}"] for place in range(processes)]
         begin = time.perf_counter()
-        started = [
-            stack.enter_context(
-                subprocess.Popen([*command, *place], stdout=subprocess.DEVNULL, stderr=sys.stderr)
-            )
-            for place in places
-        ]
+        started = [subprocess.Popen([*line, *place], stdout=subprocess.DEVNULL) for place in places]
+        for process in started:
+            stack.enter_context(process)
         try:
             codes = [process.wait(_LIMIT) for process in started]
         finally:
@@ -102,12 +89,10 @@ def measure(runs: int, devices: int, processes: int) -> dict[str, Any]:
                 process.kill()
         seconds = time.perf_counter() - begin
         if any(codes):
-            sys.exit(f"experiments.bench_sweep: {' '.join(command)} ended with {codes}")
-        timings = [
-            json.loads(f.read_text()) for f in Path(folder).glob("sweep/runs/*/*/timing.json")
-        ]
-    inside = sum(timing["program_seconds"] for timing in timings)
-    whole = sum(timing["seconds"] for timing in timings)
+            sys.exit(f"experiments.bench_sweep: {' '.join(line)} ended with {codes}")
+        files = Path(folder).glob("sweep/runs/*/*/timing.json")
+        timings = [json.loads(file.read_text()) for file in files]
+    inside, whole = (sum(t[name] for t in timings) for name in ("program_seconds", "seconds"))
     return {
         "runs": runs,
         "devices": devices * processes,

@@ -1,22 +1,19 @@
 """`python -m experiments.bench_throughput`: how near a round comes to the machine's matrix rate.
 
 Each workload is one FedAvg round (noise off) of a published setting on synthetic images. Rates are
-of `operations.count`: products alone, convolutions counted directly, whatever their lowering. The
-machine's own rate is that of a 2048 × 2048 float32 product in the same process. Everything that
-is compared is timed in turn, several times; ratios are medians over the turns.
+of `workloads.operations`: products alone, convolutions counted directly, whatever their lowering.
+The machine's own rate is that of a 2048 × 2048 float32 product in the same process (8192 off the
+CPU). Everything that is compared is timed in turn, several times; ratios are medians over the
+turns, so that the machine's moods cancel.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
-import json
-import os
 import re
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import jax
@@ -25,11 +22,12 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import operations
-from experiments.workloads import WORKLOADS, Workload, compiled
-from noisefl import Hyper, evaluate, fedavg, make_round, strategy
-from noisefl.config import as_arrays, nearest, refuse
-from noisefl.models import Lowering, by_name
+import noisefl
+from experiments.bench import command
+from experiments.bench.peer_torch import peers
+from experiments.bench.workloads import WORKLOADS, compiled, operations
+from noisefl import Strategy, evaluate
+from noisefl.errors import nearest, refuse
 
 _WORKLOADS = flags.DEFINE_list("workloads", list(WORKLOADS), "which, of all")
 _COMPARE = flags.DEFINE_enum("compare", None, ["torch"], "time a plain PyTorch loop as well")
@@ -43,26 +41,20 @@ _PRECISION = flags.DEFINE_string("precision", "default", "as in experiments.run"
 
 
 def main(argv: list[str]) -> None:
-    try:
-        lowering, at_once = checked(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.bench_throughput: {error}")
+    strategy = command.checked("bench_throughput", argv, check, _JSON.value)
     console = Console(highlight=False)
     device = jax.devices()[0].device_kind
     console.print(f"{jax.default_backend()} ({device}), jax {jax.__version__}; synthetic images")
     results = []
     for name in _WORKLOADS.value:
         with console.status(f"{name}: compiling and timing"):
-            results.append(measure(name, lowering, at_once))
+            results.append(measure(name, strategy))
         console.print(table(results[-1]))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n")
+    command.write(_JSON.value, results)
 
 
-def checked(argv: list[str]) -> tuple[Lowering, int | None]:
-    """The lowering and clients_at_once of the flags; one line about the first that is wrong."""
-    if argv[1:]:
-        raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --")
+def check() -> Strategy:
+    """That of the flags; raises one line about the first that is wrong."""
     for name in _WORKLOADS.value:
         if name not in WORKLOADS:
             raise refuse("workloads", name, nearest(name, list(WORKLOADS)))
@@ -73,84 +65,76 @@ def checked(argv: list[str]) -> tuple[Lowering, int | None]:
         raise refuse("compare", "torch", "needs PyTorch, which is not installed")
     if not re.fullmatch(r"auto|\d+", _AT_ONCE.value):
         raise refuse("clients_at_once", _AT_ONCE.value, "must be a whole number, or auto")
-    if _JSON.value:
-        Path(_JSON.value).touch()
     at_once = None if _AT_ONCE.value == "auto" else int(_AT_ONCE.value)
-    return Lowering(conv=_CONV.value, precision=_PRECISION.value), at_once
+    return Strategy(clients_at_once=at_once, conv=_CONV.value, precision=_PRECISION.value)
 
 
-def measure(name: str, lowering: Lowering, at_once: int | None) -> dict[str, Any]:
+def measure(name: str, strategy: Strategy) -> dict[str, Any]:
     """One workload: an object of the JSON file."""
     workload = WORKLOADS[name]
-    if _COHORT.value:
-        workload = workload.__class__(**{**workload.__dict__, "cohort": _COHORT.value})
+    workload = dataclasses.replace(workload, cohort=_COHORT.value or workload.cohort)
     cpu = jax.default_backend() == "cpu"
     rounds = _ROUNDS.value or (1 if cpu else 50)
-    config = workload.config(clients_at_once=at_once)
-    model = by_name(workload.model, workload.num_classes, lowering)
-    data, round_ = workload.data(), make_round(model, config)
-    hyper = as_arrays(fedavg(Hyper(learning_rate=0.01)))
-    key = jax.random.key(0)
+    experiment, data = workload.experiment(strategy), workload.data()
+    strategy, apply, root = experiment.strategy, experiment.functions.apply, jax.random.key(0)
 
     begin = time.perf_counter()
-    many = compiled(round_, rounds, data, hyper)
+    many = compiled(experiment, rounds, data)
     compile_seconds = time.perf_counter() - begin
-    state = round_.init(key)
+    state = noisefl.init(root, experiment, data)
 
     def train() -> None:
         nonlocal state
-        state = jax.block_until_ready(many(key, state, data, hyper))
+        state = jax.block_until_ready(many(root, state, data, experiment))
 
-    test = data.test_images, data.test_labels
-    batch = strategy.eval_batch(config)
-    count = jax.jit(lambda params: evaluate.count_correct(model.apply, params, *test, batch))
+    def right(params: Any) -> jax.Array:
+        images, labels = data.test_images, data.test_labels
+        return evaluate.count_correct(apply, params, images, labels, strategy.eval_batch or 1)
+
+    count, multiply = jax.jit(right), jax.jit(jnp.matmul)
     square = jnp.ones((2048, 2048) if cpu else (8192, 8192))
-    multiply = jax.jit(jnp.matmul)
-    gemm_operations = 2 * square.shape[0] ** 3
-
-    with peers(name, workload) as peer_rounds:
+    per_image = operations(experiment.model, workload.image_shape)
+    work = {
+        "round": per_image.step * workload.images * rounds,
+        "gemm": 2 * square.shape[0] ** 3,
+        "evaluation": per_image.forward * data.test_labels.size,
+    }
+    compare = peers(name, workload.cohort) if _COMPARE.value else contextlib.nullcontext({})
+    with compare as others:
         runs: dict[str, Callable[[], float]] = {
             "round": timed(train),
             "gemm": timed(lambda: multiply(square, square).block_until_ready()),
             "evaluation": timed(lambda: count(state.base).block_until_ready()),
-            **peer_rounds,
+            **others,
         }
-        turns = take_turns(runs)
-    seconds = {run: statistics.median(turn[run] for turn in turns) for run in runs}
-    per_image = operations.count(model, workload.image_shape)
-    work = per_image.step * workload.images * rounds
-    gflops = work / seconds["round"] / 1e9
-    judged = per_image.forward * len(test[1])
-    of_gemm = [
-        (work / turn["round"]) / (gemm_operations / turn["gemm"]) for turn in turns
-    ]  # turn by turn, so that the machine's moods cancel
-    eval_of_gemm = [
-        (judged / turn["evaluation"]) / (gemm_operations / turn["gemm"]) for turn in turns
-    ]
-    against = [
-        min(turn[peer] for peer in peer_rounds) / (turn["round"] / rounds)
-        for turn in turns
-        if peer_rounds
-    ]
+        turns = [{run: seconds() for run, seconds in runs.items()} for _ in range(1 + _TURNS.value)]
+    turns = turns[1:]  # one is not counted
+    seconds = {run: median(turn[run] for turn in turns) for run in runs}
+    gflops = {run: work[run] / seconds[run] / 1e9 for run in work}
+    of_gemm = {
+        run: median(work[run] / turn[run] / (work["gemm"] / turn["gemm"]) for turn in turns)
+        for run in work
+    }
+    ratios = [min(turn[o] for o in others) * rounds / turn["round"] for turn in turns if others]
     return {
         "workload": name,
         "source": workload.source,
         "images": "synthetic",
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
-        "strategy": f"clients_at_once={strategy.clients_at_once(config)}, "
-        f"gather={strategy.gather(config)}, conv={lowering.conv}, precision={lowering.precision}",
+        "strategy": f"clients_at_once={strategy.clients_at_once}, gather={strategy.gather}, "
+        f"conv={strategy.conv}, precision={strategy.precision}",
         "seconds_per_round": seconds["round"] / rounds,
         "client_steps_per_second": workload.steps * rounds / seconds["round"],
         "images_per_second": workload.images * rounds / seconds["round"],
-        "gflops": gflops,
-        "gemm_gflops": gemm_operations / seconds["gemm"] / 1e9,
-        "fraction_of_gemm": statistics.median(of_gemm),
-        "evaluation_images_per_second": len(test[1]) / seconds["evaluation"],
-        "evaluation_gflops": judged / seconds["evaluation"] / 1e9,
-        "evaluation_fraction_of_gemm": statistics.median(eval_of_gemm),
-        "torch_ratio": statistics.median(against) if against else None,
-        "torch_seconds_per_round": {peer: seconds[peer] for peer in peer_rounds} or None,
+        "gflops": gflops["round"],
+        "gemm_gflops": gflops["gemm"],
+        "fraction_of_gemm": of_gemm["round"],
+        "evaluation_images_per_second": data.test_labels.size / seconds["evaluation"],
+        "evaluation_gflops": gflops["evaluation"],
+        "evaluation_fraction_of_gemm": of_gemm["evaluation"],
+        "torch_ratio": median(ratios) if ratios else None,
+        "torch_seconds_per_round": {other: seconds[other] for other in others} or None,
         "compile_seconds": compile_seconds,
         "peak_memory_bytes": peak_memory(many),
         "rounds_per_call": rounds,
@@ -167,98 +151,26 @@ def timed(run: Callable[[], Any]) -> Callable[[], float]:
     return seconds
 
 
-def take_turns(runs: dict[str, Callable[[], float]]) -> list[dict[str, float]]:
-    """A B C, A B C, …: seconds of each in each turn, after one turn that is not counted."""
-    turns = [{name: run() for name, run in runs.items()} for _ in range(_TURNS.value + 1)]
-    return turns[1:]
-
-
-@contextlib.contextmanager
-def peers(name: str, workload: Workload) -> Iterator[dict[str, Callable[[], float]]]:
-    """PyTorch on all cores in one process, and in one process a core, which share the clients.
-
-    The processes wait between their turns.
-    """
-    if _COMPARE.value is None:
-        yield {}
-        return
-    cores = len(os.sched_getaffinity(0))
-    groups = {f"1 process x {cores} threads": [(cores, workload.cohort)]}
-    if cores > 1:
-        shares = [workload.cohort // cores + (i < workload.cohort % cores) for i in range(cores)]
-        groups[f"{cores} processes x 1 thread"] = [(1, share) for share in shares]
-    with contextlib.ExitStack() as stack:
-
-        def start(threads: int, clients: int) -> subprocess.Popen:
-            command = [sys.executable, "-m", "experiments.peer_torch", name]
-            process = subprocess.Popen(
-                [*command, str(threads), str(clients)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the PyTorch process did not start")
-            return process
-
-        started = {
-            group: [start(*member) for member in members] for group, members in groups.items()
-        }
-
-        def together(processes: list[subprocess.Popen]) -> float:
-            for process in processes:
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-            return max(float(process.stdout.readline()) for process in processes)  # pyright: ignore
-
-        yield {
-            group: (lambda processes=processes: together(processes))
-            for group, processes in started.items()
-        }
-
-
 def peak_memory(program: Any) -> int:
     """Bytes: the device's own peak where it keeps one, else what XLA plans for the program."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     plan = program.memory_analysis()
-    return (
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        + plan.temp_size_in_bytes
-        - plan.alias_size_in_bytes
-    )
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return held - plan.alias_size_in_bytes
 
 
 def table(result: dict[str, Any]) -> Table:
-    """One workload in lines."""
-    shown = Table(title=f"{result['workload']} ({result['source']})", title_justify="left")
-    shown.add_column("what")
-    shown.add_column("value", justify="right")
-    torch = result["torch_seconds_per_round"] or {}
-    lines = [
-        ("strategy", result["strategy"]),
-        ("seconds a round", f"{result['seconds_per_round']:.4f}"),
-        ("client steps/s", f"{result['client_steps_per_second']:,.0f}"),
-        ("images/s", f"{result['images_per_second']:,.0f}"),
-        ("training, GFLOP/s", f"{result['gflops']:.1f}"),
-        ("machine's GEMM, GFLOP/s", f"{result['gemm_gflops']:.1f}"),
-        ("training / GEMM", f"{result['fraction_of_gemm']:.2f}"),
-        ("evaluation, images/s", f"{result['evaluation_images_per_second']:,.0f}"),
-        ("evaluation / GEMM", f"{result['evaluation_fraction_of_gemm']:.2f}"),
-        *((f"PyTorch, {group}, s a round", f"{value:.4f}") for group, value in torch.items()),
-        *([("faster than the better", f"{result['torch_ratio']:.2f} x")] if torch else []),
-        ("compilation, s", f"{result['compile_seconds']:.1f}"),
-        ("memory, MB", f"{result['peak_memory_bytes'] / 1e6:,.0f}"),
-    ]
-    for line in lines:
-        shown.add_row(*line)
-    return shown
+    """What was measured of one workload, in lines."""
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    for group, seconds in (result["torch_seconds_per_round"] or {}).items():
+        numbers[f"PyTorch, {group}, seconds per round"] = seconds
+    lines = [{"what": "strategy", "value": result["strategy"]}]
+    for name, number in numbers.items():
+        text = f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+        lines.append({"what": name.replace("_", " "), "value": text})
+    return command.table(f"{result['workload']} ({result['source']})", lines)
 
 
 if __name__ == "__main__":

@@ -14,57 +14,50 @@ from typing import Any
 import jax
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
-from experiments.workloads import WORKLOADS, compiled
-from noisefl import Hyper, fedavg, keys, make_round
-from noisefl.config import as_arrays
-from noisefl.models import Lowering, by_name
+import noisefl
+from experiments.bench import command
+from experiments.bench.workloads import WORKLOADS, compiled
+from noisefl import Strategy, keys
 
 _WORKLOAD = flags.DEFINE_enum("workload", "mcmahan", list(WORKLOADS), "which")
 _CONV = flags.DEFINE_string("conv", "auto", "as in experiments.run")
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    strategy = command.checked("profile_round", argv, lambda: Strategy(conv=_CONV.value))
     workload = WORKLOADS[_WORKLOAD.value]
-    model = by_name(workload.model, workload.num_classes, Lowering(conv=_CONV.value))
-    round_ = make_round(model, workload.config())
-    data, hyper = workload.data(), as_arrays(fedavg(Hyper(learning_rate=0.01)))
-    program = compiled(round_, 1, data, hyper)
-    state = round_.init(jax.random.key(0))
+    experiment, data, root = workload.experiment(strategy), workload.data(), keys.root(0)
+    program = compiled(experiment, 1, data)
 
     def run(state: Any) -> Any:
-        return jax.block_until_ready(program(keys.root(1), state, data, hyper))
+        return jax.block_until_ready(program(root, state, data, experiment))
 
-    state = run(state)
+    state = run(noisefl.init(root, experiment, data))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(state)
         seconds = by_operation(glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)[0])
-    groups: dict[str, float] = collections.defaultdict(float)
+    groups: collections.Counter[str] = collections.Counter()
     names = dict(re.findall(r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", program.as_text()))
     for operation, time in seconds.items():
         groups[group(names.get(operation, ""))] += time
-    table = Table(title=f"{_WORKLOAD.value}, {jax.default_backend()}")
-    table.add_column("part")
-    table.add_column("share", justify="right")
-    for part, time in sorted(groups.items(), key=lambda item: -item[1]):
-        table.add_row(part, f"{time / sum(groups.values()):.1%}")
-    Console(highlight=False).print(table)
+    total = groups.total()
+    shares = [{"part": p, "share": f"{t / total:.1%}"} for p, t in groups.most_common()]
+    title = f"{_WORKLOAD.value}, {jax.default_backend()}"
+    Console(highlight=False).print(command.table(title, shares))
 
 
-def by_operation(file: str) -> dict[str, float]:
+def by_operation(file: str) -> collections.Counter[str]:
     """Nanoseconds of every XLA operation in a trace, loops themselves left out."""
     total: collections.Counter[str] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(file).planes:
         for line in plane.lines:
             for event in line.events:
-                if "hlo_op" in dict(event.stats) and not re.match(
-                    r"(while|call|conditional)", event.name
-                ):
+                loop = re.match(r"while|call|conditional", event.name)
+                if "hlo_op" in dict(event.stats) and not loop:
                     total[event.name] += event.duration_ns
-    return dict(total)
+    return total
 
 
 def group(op_name: str) -> str:

@@ -1,206 +1,172 @@
-"""`python -m experiments.run`: FedAvg and Noise-based Federated Averaging on one seed.
+"""`python -m experiments.run`: FedAvg and a scheme side by side; with --grid, many runs.
 
-Exit codes: 0 done, 2 bad input, 3 training broke down (NaN), 130 interrupted.
+Started again with the same command, it goes on where it was stopped, to the same bits. Exit codes:
+0 done (runs of a grid that broke down included), 2 bad input or too little memory, 3 a single run
+broke down (NaN), 4 another process is gone (or 134, if JAX's runtime notices first), 130
+interrupted.
 """
 
-import contextlib
-import dataclasses
+import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import interrupt
-from experiments.loading import dataset_of, federated, model_of
-from experiments.options import MAY_CHANGE, Options, parse
-from experiments.plot import figure1
-from experiments.progress import RunProgress
-from experiments.provenance import provenance
-from experiments.summary import summarise, table
-from noisefl import Hyper, Round, fedavg, keys, make_round, simulate
-from noisefl.data import FederatedData
-from noisefl.record import RunFolder
-
-RUNS = ("fedavg", "noise")
-
-
-class BrokenDown(Exception):
-    """Parameters became NaN or infinite; the message is one line."""
-
-
-class Experiment(NamedTuple):
-    """All that training needs, checked."""
-
-    options: Options
-    round: Round
-    program: jax.stages.Lowered
-    data: FederatedData
-    num_classes: int
+from experiments.sweep import hosts, interrupt
+from experiments.sweep.execute import Sweep, run_group
+from experiments.sweep.options import CommandLine, parse
+from experiments.sweep.plan import Run, groups, plan
+from experiments.sweep.prepare import compilation_cache, prepare
+from experiments.sweep.progress import Progress, complain
+from experiments.sweep.provenance import provenance
+from experiments.sweep.store import Store, check, is_complete
+from experiments.sweep.summary import table
+from noisefl import mesh
+from noisefl.errors import refuse
 
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns the exit code."""
-    again = "go on with: " + shlex.join(
-        ["python", "-m", "experiments.run", *(a for a in argv[1:] if a != "--resume"), "--resume"]
-    )
+    again = "go on with: " + shlex.join(["python", "-m", "experiments.run", *argv[1:]])
     try:
-        options = parse(argv)
-        return 0 if options is None else run(options, again)
-    except BrokenDown as error:
-        complain(str(error))
-        return 3
+        command = parse(argv)
+        if command is None:
+            return 0
+        command.driver.start_devices()
+        return run(command, again)
     except (ValueError, OSError) as error:
         complain(str(error))
-        return 2
-    except KeyboardInterrupt:  # before or after training; see `interrupt` for the time between
+        return _leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        complain(f"another process is gone, or failed ({error}); {again}")
+        return _leave(4)
+    except KeyboardInterrupt:  # before or after all rounds; see `interrupt` for the time between
         complain(f"interrupted; {again}")
-        return interrupt.EXIT_CODE
+        return _leave(interrupt.EXIT_CODE)
 
 
-def run(options: Options, again: str) -> int:
-    """Trains, records, draws, reports. Cheap checks come first, the folder is taken after all."""
-    out, cap = options.driver.out, options.cap
-    resume = options.driver.resume
+def run(command: CommandLine, again: str) -> int:
+    """Checks everything that can be, then runs group after group."""
+    driver, single, out = command.driver, command.single, Path(command.out)
+    runs, on = hosts.together(lambda: planned(command))
+    here = provenance(on)
+    description = describe(command, runs, here)
+    if apart := hosts.differences(of_all_processes(command, runs, here)):
+        allowed = f"all processes must be given the same flags and code: {', '.join(apart)}"
+        raise refuse("distributed", True, allowed)
+
+    def complete() -> list[str]:
+        folders = {run.path: out if single else out / run.path for run in runs}
+        return [path for path, folder in folders.items() if is_complete(folder, driver.rounds)]
+
+    hosts.agree(lambda: check(out, single, description))
+    done = set(hosts.agree(complete))
+    if len(done) == len(runs) and not driver.dry_run:
+        return report(command, len(runs))
+    wanted = [
+        group
+        for group in groups(runs)
+        if driver.dry_run or any(run.path not in done for run in group.runs)
+    ]
+    prepared = hosts.together(lambda: [prepare(group, driver.data_dir) for group in wanted])
+    cache = compilation_cache(driver.compilation_cache)
+    if driver.dry_run:
+        from experiments.sweep.estimate import estimate  # which it alone needs
+
+        with cache:
+            estimate(command, prepared, on, len(done))
+        return 0
     with (
-        RunFolder(out, options.flags, resume=resume, runs=RUNS, may_change=MAY_CHANGE) as folder,
-        compilation_cache(options.driver.compilation_cache),
+        hosts.together(lambda: Store(out, single, hosts.first())) as store,
+        cache,
+        Progress(len(runs), len(prepared), driver.rounds, not hosts.first()) as progress,
     ):
-        if folder.summary is not None:
-            return report(folder, options, "is complete")
-        experiment = prepare(options)
-        for warning in folder.claim(provenance()):
-            complain(warning)
-        with RunProgress(options.driver.rounds, len(RUNS)) as progress:
+        hosts.agree(lambda: store.claim(description))
+        progress.skip(len(done))
+        sweep = Sweep(command, runs, store, on, progress, here, done, {})
 
-            def last_words() -> None:
-                with folder.writing:
-                    progress.stop()
-                    complain(f"interrupted; {again}")
+        def last_words() -> None:
+            progress.stop()
+            complain(f"interrupted; {again}")
 
-            try:
-                with interrupt.exit_at_once(last_words):
-                    timing = train(experiment, folder, progress)
-            except BrokenDown:
-                draw(folder, options)
-                raise
-        draw(folder, options)
-        folder.finish(summarise(folder.rows, cap, experiment.num_classes, timing))
-        return report(folder, options, "holds")
+        with interrupt.exit_at_once(last_words):
+            if hosts.first():
+                store.tidy(done)
+            left_out = sum([run_group(sweep, n, lanes) for n, lanes in enumerate(prepared, 1)])
+            if hosts.first():
+                store.tidy(set(complete()))
+    if left_out:
+        complain(f"{left_out} of {len(runs)} runs are left out, as said above")
+        return _leave(2)
+    return report(command, len(runs))
 
 
-def prepare(options: Options) -> Experiment:
-    """Loads the data and traces the program, which finds what is wrong with them."""
-    driver = options.driver
-    dataset = dataset_of(driver.dataset, driver.data_dir)
-    data = federated(dataset, options.federation)
-    config = dataclasses.replace(options.config, image_shape=dataset.train_images.shape[1:])
-    model = model_of(options, dataset)
-    round_ = make_round(model, config)
-    simulation: Any = simulate.make_simulation(round_, model, config, driver.rounds_per_chunk)
-    root = keys.root(driver.seed)
-    state = jax.eval_shape(round_.init, root)
-    # Both runs are one program: FedAvg is a value of `hyper`, not another code path.
-    program = simulation.lower(root, state, data, options.hyper, jnp.int32(0))
-    return Experiment(options, round_, program, data, dataset.num_classes)
+def planned(command: CommandLine) -> tuple[list[Run], Mesh]:
+    """All runs, FedAvg before what it is compared with, and the devices for them."""
+    runs, share = plan(command), command.driver.client_devices
+    on = mesh.make(share)
+    if jax.process_count() == 1 and len(runs) * share < on.devices.size:
+        on = mesh.make(share, jax.devices()[: len(runs) * share])
+    return runs, on
 
 
-def train(experiment: Experiment, folder: RunFolder, progress: RunProgress) -> dict[str, float]:
-    """Does whatever rounds of both runs are not done yet.
-
-    Returns:
-      Seconds of compilation, and of all that is neither compilation nor compiled programs:
-      records, checkpoints, progress.
-    """
-    options, driver = experiment.options, experiment.options.driver
-    root = keys.root(driver.seed)
-    begin = time.perf_counter()
-    program = experiment.program.compile()
-    init = jax.jit(experiment.round.init).lower(root).compile()
-    compiled = time.perf_counter()
-    programs = 0.0
-    for name in RUNS:
-        hyper: Hyper = fedavg(options.hyper) if name == "fedavg" else options.hyper
-        start_state = init(keys.stream(root, "init"))
-        start_state = folder.restore(name, like=start_state) or start_state
-        saved = int(start_state.round)
-        progress.skip(saved)
-        start = time.perf_counter()
-        for state, rows in simulate.chunks(
-            program, keys.stream(root, "rounds"), start_state, experiment.data, hyper, driver.rounds
-        ):
-            elapsed = time.perf_counter() - start
-            programs += elapsed
-            seconds = elapsed / len(rows)
-            sound = [row["finite"] for row in rows]
-            rows = rows if all(sound) else rows[: sound.index(False) + 1]
-            rows = folder.append(name, rows, seconds)
-            progress.update(rows)
-            if not all(sound):
-                raise BrokenDown(cause([row for row in folder.rows if row["run"] == name]))
-            done = rows[-1]["round"]
-            if done - saved >= driver.checkpoint_every or done == driver.rounds:
-                folder.save(name, state, done)
-                saved = done
-            start = time.perf_counter()
-    driver = time.perf_counter() - compiled - programs
-    return {"compile_seconds": round(compiled - begin, 3), "driver_seconds": round(driver, 3)}
+def of_all_processes(command: CommandLine, runs: list[Run], here: dict[str, Any]) -> Any:
+    """What must be the same in all of them: else they would wait for each other without end."""
+    names = ("lanes_at_once", "client_devices", "dry_run", "rounds_per_chunk", "checkpoint_every")
+    return {
+        "runs": [[run.path, run.flags] for run in runs],
+        **{name: getattr(command.driver, name) for name in names},
+        "versions": here["versions"],
+        "git_revision": here["git_revision"],
+    }
 
 
-def cause(rows: Sequence[dict[str, Any]]) -> str:
-    """One line on a run whose last round ended with NaN or infinite parameters."""
-    last = rows[-1]
-    line = f"run {last['run']}, round {last['round']}: the model is NaN or infinite; likely cause: "
-    # FedAvg has survived the same rounds at the same learning rate.
-    recent = [row for row in rows[-3:] if row["protected"]]
-    if recent:
-        worst = max(recent, key=lambda row: row["strength"])
-        line += f"noise of strength {worst['strength']} in round {worst['round']} "
-        line += "(see --strength_max, --cancellation), or "
-    return f"{line}--learning_rate too large (--clip_norm helps); rounds so far are kept"
+def describe(command: CommandLine, runs: list[Run], here: dict[str, Any]) -> dict[str, Any]:
+    """What the file says that makes a folder ours: config.json, or sweep.json of a grid."""
+    varied = {axis.flag: axis.values for axis in command.axes}
+    options = {name: value for name, value in runs[-1].flags.items() if name not in varied}
+    grid = {flag: list(values) for flag, values in varied.items()}
+    return {
+        **({} if command.single else {"grid": grid}),
+        "runs": {run.path: run.entry for run in runs},
+        "options": options,
+        **here,
+    }
 
 
-@contextlib.contextmanager
-def compilation_cache(choice: str) -> Iterator[None]:
-    """Keeps compiled programs over processes: in a folder, "auto" the user's cache, or "off"."""
-    before = jax.config.values["jax_compilation_cache_dir"]  # the environment may have set it
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "noisefl" / "jax"
-    path = {"off": None, "auto": before or str(cache)}.get(choice, choice)
-    jax.config.update("jax_compilation_cache_dir", path)
-    reset_cache()  # JAX looks at the setting only once
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        reset_cache()
-
-
-def draw(folder: RunFolder, options: Options) -> None:
-    """The picture of the rounds so far."""
-    picture = folder.path / "figure1.png"
-    figure1(folder.rows, options.cap, picture, options.config.noise_scale)
-
-
-def report(folder: RunFolder, options: Options, what: str) -> int:
-    """Prints the table of a complete folder."""
-    console = Console(highlight=False)
+def report(command: CommandLine, runs: int) -> int:
+    """Says what the folder holds; of a single run its table, and 3 if one of its two broke down."""
+    if not hosts.first():
+        return 0
+    console, out = Console(highlight=False), command.out
+    if not command.single:
+        console.print(f"{out} holds {runs} runs", soft_wrap=True)
+        line = f"tables and pictures: python -m experiments.report {shlex.quote(out)}"
+        console.print(line, soft_wrap=True)
+        return 0
+    summary = json.loads((Path(out) / "summary.json").read_text())
+    console.print(table(summary, command.driver.seed, out))
     files = "config.json, metrics.jsonl, summary.json, figure1.png"
-    console.print(table(folder.summary or {}, options.driver.seed, options.driver.out))
-    console.print(f"{options.driver.out} {what}: {files}", soft_wrap=True)
+    console.print(f"{out} holds {files}", soft_wrap=True)
+    if failed := summary["failed"] or summary.get("baseline_failed"):
+        complain(failed["cause"])
+        return 3
     return 0
 
 
-def complain(message: str) -> None:
-    """One line on standard error, in one piece: other threads write there as well."""
-    sys.stderr.write(f"experiments.run: {' '.join(message.split())}\n")
-    sys.stderr.flush()
+def _leave(code: int) -> int:
+    """With several processes, at once: JAX would wait for the others on the way out."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

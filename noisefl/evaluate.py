@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Params = Any
-Apply = Callable[..., Any]  # `model.apply`: ({"params": params}, images) → logits [B, C]
+Apply = Callable[[Params, jax.Array], jax.Array]  # (params, images in [0, 1]) → logits [B, C]
 
 
 def scale(images: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def count_correct(
     """Number of images whose largest logit is that of their label (`correct`).
 
     Args:
-      apply: `model.apply`.
+      apply: of `models.functions`.
       params: parameters.
       images: uint8 [N, H, W, Ch].
       labels: int32 [N].
@@ -70,7 +70,7 @@ def count_correct(
     Returns:
       int32 [].
     """
-    return count(lambda x: apply({"params": params}, scale(x)), (images,), labels, batch)
+    return count(lambda x: apply(params, scale(x)), (images,), labels, batch)
 
 
 def share(count: jax.Array, size: int) -> jax.Array:

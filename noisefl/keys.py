@@ -4,13 +4,13 @@ import zlib
 
 import jax
 
-from noisefl.config import refuse
+from noisefl.errors import refuse
 
 # A purpose's number is a hash of its name, so adding one never shifts the randomness of another.
 
 
 def root(seed: int) -> jax.Array:
-    """The root key of a run.
+    """The root key of a run: what `init` and every `step` of it are given.
 
     Raises:
       ValueError: a seed outside 0 … 2³² − 1, which would share its randomness with one inside.
@@ -30,3 +30,8 @@ def stream(key: jax.Array, purpose: str, index: jax.Array | int | None = None) -
     """
     key = jax.random.fold_in(key, zlib.crc32(purpose.encode()))
     return key if index is None else jax.random.fold_in(key, index)
+
+
+def of_round(root: jax.Array, number: jax.Array | int) -> jax.Array:
+    """The key of round t = 1, 2, … of a run, the same wherever the run is driven from."""
+    return stream(stream(root, "rounds"), "round", number)

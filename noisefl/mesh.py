@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from noisefl.config import refuse
+from noisefl.errors import refuse
 
 LANES, CLIENTS = "lanes", "clients"
 

@@ -1,86 +1,86 @@
-"""The probe of a real model: draws, accuracies and logits of noised copies of the base."""
+"""The judge of a round: accuracies on the server's split, and the probe of a real model."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jax import lax
 
-from noisefl import evaluate, noise, split, strategy
-from noisefl.calibrate import Probe, Reading
-from noisefl.config import Config
-from noisefl.data import FederatedData
+from noisefl import evaluate, split
+from noisefl.calibrate import Bill, Draw, Probe, Questions
+from noisefl.models import Functions
 
 Params = Any
 
 
-def make_probe(
-    model: nn.Module,
-    cut: split.Split | None,
-    base: Params,
-    paths: Any,
-    data: FederatedData,
-    config: Config,
-) -> Probe:
-    """What a calibrator may ask about `base`.
+class Copies(NamedTuple):
+    """How a scheme makes V copies of a base from a draw and a strength. Pure functions."""
 
-    Args:
-      model: the model.
-      cut: `split.at` of the model and `paths`.
-      base: W.
-      paths: `noise.target` of the model.
-      data: the federation, of which the judging split is used.
-      config: static options.
-    """
-    apply: evaluate.Apply = model.apply
-    images, labels = judging_split(data, config)
-    batch = strategy.eval_batch(config)
-    accuracy_of = split.accuracy_of(model, cut, base, images, labels, batch)
-
-    def of_copy(copy: Params) -> jax.Array:
-        """NaN of a dead copy, which would else be wrong on every image and so hold any cap."""
-        return jnp.where(evaluate.is_finite(copy), accuracy_of(copy), jnp.nan)
-
-    def accuracy(draw: noise.Draw, strength: jax.Array) -> Reading:
-        xi = noise.scaled(base, draw, strength, config.noise_scale)
-        plus, minus = (of_copy(noise.apply(base, xi, sign)) for sign in (1, -1))
-        return Reading(plus, minus, jnp.int32(2), jnp.int32(2 * labels.shape[0]))
-
-    def copies(
-        draw: noise.Draw, strengths: jax.Array, chosen: jax.Array, shared: jax.Array | None
-    ) -> jax.Array:
-        def one(strength: jax.Array, images: jax.Array, kept: list[jax.Array]) -> jax.Array:
-            copy = noise.apply(base, noise.scaled(base, draw, strength, config.noise_scale), 1)
-            if cut is None:
-                return apply({"params": copy}, evaluate.scale(images))
-            return cut.above(copy, images, *kept)
-
-        def of_batch(images: jax.Array, *kept: jax.Array) -> jax.Array:
-            # One by one, so that a forward pass has one kernel.
-            return jnp.stack([one(strength, images, [*kept]) for strength in strengths], axis=1)
-
-        arrays = (images[chosen],) if shared is None else (images[chosen], shared)
-        return jnp.moveaxis(evaluate.in_batches(of_batch, arrays, batch), 1, 0)
-
-    def below(chosen: jax.Array) -> jax.Array:
-        assert cut is not None
-        return cut.below(base, images[chosen], batch)
-
-    def logits(draw: noise.Draw, strengths: jax.Array, chosen: jax.Array) -> jax.Array:
-        return copies(draw, strengths, chosen, below(chosen) if cut else None)
-
-    return Probe(
-        draw=lambda key: noise.draw(key, base, paths, config.noise_distribution),
-        accuracy=accuracy,
-        logits=logits,
-        labels=labels,
-        below=below if cut else None,
-        above=copies if cut else None,
-    )
+    variants: int  # V
+    moves: str  # how they move with the strength: "linear", "smooth" or "discrete"
+    touched: tuple[tuple[str, ...], ...]  # paths of the parameters that may differ from the base's
+    draw: Callable[[jax.Array], Draw]  # key → draw
+    copy: Callable[[Draw, jax.Array, jax.Array], Params]  # (draw, strength, variant) → params
 
 
-def judging_split(data: FederatedData, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Images uint8 [N, H, W, Ch] and labels int32 [N] on which copies are judged."""
-    if config.accuracy_on == "test":
-        return data.test_images, data.test_labels
-    return data.validation_images, data.validation_labels
+class Judge(NamedTuple):
+    """What the parts of a round may ask about models, on the judging split of N images."""
+
+    model: Functions
+    image_shape: tuple[int, int, int]
+    images: jax.Array  # uint8 [N, H, W, Ch]
+    labels: jax.Array  # int32 [N]
+    batch: int  # images a forward pass
+
+    def accuracy(self, params: Params) -> jax.Array:
+        """float32 [], on all N images."""
+        return evaluate.accuracy(self.model.apply, params, self.images, self.labels, self.batch)
+
+    def probe(self, base: Params, copies: Copies) -> Probe:
+        """What a calibrator may ask about a base and its copies, the bill empty."""
+        cut = split.at(self.model, copies.touched, self.image_shape)
+        apply, images = self.model.apply, self.images
+        accuracy_of = split.accuracy_of(self.model, cut, base, images, self.labels, self.batch)
+
+        def of_copy(draw: Draw, strength: jax.Array, variant: Any) -> jax.Array:
+            """NaN of a dead copy, which would else be wrong on every image and so hold any cap."""
+            copy = copies.copy(draw, strength, jnp.int32(variant))
+            return jnp.where(evaluate.is_finite(copy), accuracy_of(copy), jnp.nan)
+
+        def accuracy(draw: Draw, strength: jax.Array) -> jax.Array:
+            if copies.variants <= 2:
+                return jnp.stack([of_copy(draw, strength, v) for v in range(copies.variants)])
+            return lax.map(lambda v: of_copy(draw, strength, v), jnp.arange(copies.variants))
+
+        def forward(params: Params, chosen: jax.Array, shared: jax.Array | None) -> jax.Array:
+            def of_batch(some: jax.Array, *kept: jax.Array) -> jax.Array:
+                if cut is None:
+                    return apply(params, evaluate.scale(some))
+                return cut.above(params, some, *kept)
+
+            if cut is not None and shared is None:
+                shared = below(chosen)
+            arrays = (images[chosen],) if shared is None else (images[chosen], shared)
+            return evaluate.in_batches(of_batch, arrays, self.batch)
+
+        def below(chosen: jax.Array) -> jax.Array:
+            assert cut is not None
+            return cut.below(base, images[chosen], self.batch)
+
+        return Probe(
+            Bill.empty(),
+            Questions(
+                variants=copies.variants,
+                moves=copies.moves,
+                labels=self.labels,
+                draw=copies.draw,
+                accuracy=accuracy,
+                bare=lambda: jnp.where(evaluate.is_finite(base), accuracy_of(base), jnp.nan),
+                logits=lambda draw, strength, variant, chosen, shared: forward(
+                    copies.copy(draw, strength, variant), chosen, shared
+                ),
+                clean=lambda chosen, shared: forward(base, chosen, shared),
+                below=None if cut is None else below,
+            ),
+        )

@@ -6,199 +6,126 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import struct
 from jax import lax
 
-from noisefl import evaluate, keys, noise, split, strategy
-from noisefl.config import Config, Hyper, as_arrays, refuse
-from noisefl.data import FederatedData
-from noisefl.rounds import Round, RoundInfo, RoundState
+from noisefl.data import Federation
+from noisefl.errors import refuse
+from noisefl.experiment import Experiment
+from noisefl.local import Own
+from noisefl.measure import Measure, Numbers, Standard
+from noisefl.round import State, init, step
+
+Row = dict[str, Any]
+Simulation = Callable[[jax.Array, State, Federation, Experiment, jax.Array], tuple[State, Numbers]]
 
 
-@struct.dataclass
-class Metrics:
-    """What is recorded of one round; in a chunk every field has a leading axis [R].
-
-    Accuracies are shares of the whole split. The shared copies are those distributed in the round,
-    before training (with `shipped` false: those that would have been, had the cap held); owner and
-    base are those after it.
-    """
-
-    round: jax.Array  # int32
-    protected: jax.Array  # bool: past warm-up, so that the cap applied
-    owner_accuracy: jax.Array  # float32: G on test
-    base_accuracy: jax.Array  # float32: W on test
-    plus_accuracy: jax.Array  # float32: W + ξ on test
-    minus_accuracy: jax.Array  # float32: W − ξ on test
-    owner_validation_accuracy: jax.Array  # float32
-    plus_validation_accuracy: jax.Array  # float32
-    minus_validation_accuracy: jax.Array  # float32
-    strength: jax.Array  # float32: σ, or r with noise_scale="relative"
-    relative_strength: jax.Array  # float32: RMS of ξ over RMS of the noised parameters
-    calibration_tries: jax.Array  # int32
-    calibration_evaluations: jax.Array  # int32: models evaluated
-    calibration_samples: jax.Array  # int32: forward passes of single images
-    training_samples: jax.Array  # int32: images trained on, each local epoch counted
-    feasible: jax.Array  # bool: the calibrator held its aim
-    shipped: jax.Array  # bool: models were distributed
-    local_accuracy_mean: jax.Array  # float32: clients' models after local training, on test
-    local_accuracy_max: jax.Array  # float32
-    finite: jax.Array  # bool: no NaN or infinity in owner or base
+def begin(key: jax.Array, experiment: Experiment, data: Federation, measure: Measure) -> State:
+    """`round.init`, with what the measure remembers; arguments as there."""
+    experiment = experiment.resolved()
+    state = init(key, experiment, data)
+    return state.replace(measured=measure.init(experiment, data))  # pyright: ignore
 
 
-Simulation = Callable[
-    [jax.Array, RoundState, FederatedData, Hyper, jax.Array], tuple[RoundState, Metrics]
-]
+def measured_step(
+    key: jax.Array, state: State, data: Federation, experiment: Experiment, measure: Measure
+) -> tuple[State, Numbers]:
+    """`round.step`, and what the measure makes of it: numbers [] by name."""
+    experiment = experiment.resolved()
 
+    def observe(key: jax.Array, copy: Any, returned: Any, own: Own) -> Any:
+        number = state.round + 1
+        return measure.observe(experiment, data, number, key, copy, returned, own)
 
-def _measure(
-    model: nn.Module,
-    config: Config,
-    base: Any,
-    state: RoundState,
-    info: RoundInfo,
-    data: FederatedData,
-) -> Metrics:
-    calibration = info.calibration
-    xi = noise.scaled(base, calibration.draw, calibration.strength, config.noise_scale)
-    test = data.test_images, data.test_labels
-    validation = data.validation_images, data.validation_labels
-    batch = strategy.eval_batch(config)
-    cut = split.at(model, tuple(calibration.draw), config.image_shape)
-
-    def accuracy(params: Any, images_and_labels: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return evaluate.accuracy(model.apply, params, *images_and_labels, batch)
-
-    def shared(images_and_labels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        def both() -> tuple[jax.Array, ...]:
-            copies = [noise.apply(base, xi, sign) for sign in (1, -1)]
-            accuracy_of = split.accuracy_of(model, cut, base, *images_and_labels, batch)
-            return tuple(accuracy_of(copy) for copy in copies)
-
-        return lax.cond(
-            calibration.strength > 0, both, lambda: (accuracy(base, images_and_labels),) * 2
-        )
-
-    plus, minus = shared(test)
-    if config.accuracy_on == "validation":  # the calibrator has often measured it already
-        plus_validation, minus_validation = lax.cond(
-            jnp.isnan(calibration.plus_accuracy + calibration.minus_accuracy),
-            lambda: shared(validation),
-            lambda: (calibration.plus_accuracy, calibration.minus_accuracy),
-        )
-    else:
-        plus_validation, minus_validation = shared(validation)
-    base_accuracy = accuracy(state.base, test)
-    return Metrics(
-        round=state.round,
-        protected=info.protected,
-        owner_accuracy=lax.cond(  # in warm-up G = W
-            info.protected, lambda: accuracy(state.owner, test), lambda: base_accuracy
-        ),
-        base_accuracy=base_accuracy,
-        plus_accuracy=plus,
-        minus_accuracy=minus,
-        owner_validation_accuracy=accuracy(state.owner, validation),
-        plus_validation_accuracy=plus_validation,
-        minus_validation_accuracy=minus_validation,
-        strength=calibration.strength,
-        relative_strength=info.relative_strength,
-        calibration_tries=calibration.tries,
-        calibration_evaluations=calibration.evaluations,
-        calibration_samples=calibration.samples,
-        training_samples=info.training_samples,
-        feasible=calibration.feasible,
-        shipped=info.shipped,
-        local_accuracy_mean=jnp.mean(info.local_accuracy),
-        local_accuracy_max=jnp.max(info.local_accuracy),
-        finite=info.finite,
+    after, info = step(key, state, data, experiment, observe)
+    numbers, carry = measure.update(
+        experiment, state, after, info, info.observed, data, state.measured
     )
+    return after.replace(measured=carry), numbers  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def chunk_of_rounds(
-    round_: Round, model: nn.Module, config: Config, rounds_per_chunk: int
-) -> Simulation:
-    """`make_simulation` before jit: a pure function, for jit, vmap and `shard_map` of one's own."""
+def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Simulation:
+    """R rounds as one pure function, for jit, vmap and `shard_map`.
+
+    Args:
+      rounds_per_chunk: R, rounds between two looks of the host.
+      measure: what is recorded; default `Standard()`.
+
+    Returns:
+      (key, state, data, experiment, last_round int32 []) → (state, numbers [R] by name). Rounds
+      past `last_round` are not run; their numbers are zero.
+
+    Raises:
+      ValueError: `rounds_per_chunk` below 1.
+    """
     if rounds_per_chunk < 1:
         raise refuse("rounds_per_chunk", rounds_per_chunk, "must be at least 1")
+    kept = Standard() if measure is None else measure
 
-    def simulation(key, state, data, hyper, last_round):
-        def run(state: RoundState) -> tuple[RoundState, Metrics]:
-            new, info = round_.step(keys.stream(key, "round", state.round + 1), state, data, hyper)
-            return new, _measure(model, config, state.base, new, info, data)
+    def simulation(
+        key: jax.Array, state: State, data: Federation, experiment: Experiment, last: jax.Array
+    ) -> tuple[State, Numbers]:
+        def run(state: State) -> tuple[State, Numbers]:
+            return measured_step(key, state, data, experiment, kept)
 
-        empty = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1]
-        )
+        shapes = jax.eval_shape(run, state)[1]
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def body(state: RoundState, _: None) -> tuple[RoundState, Metrics]:
-            return lax.cond(state.round < last_round, run, lambda state: (state, empty), state)
+        def body(state: State, _: None) -> tuple[State, Numbers]:
+            return lax.cond(state.round < last, run, lambda state: (state, empty), state)
 
         return lax.scan(body, state, length=rounds_per_chunk)
 
     return simulation
 
 
-def make_simulation(
-    round_: Round, model: nn.Module, config: Config, rounds_per_chunk: int
-) -> Simulation:
-    """Compiles `rounds_per_chunk` rounds into one jitted program.
-
-    Args:
-      round_: of `make_round(model, config)`.
-      model: the same model.
-      config: the same config.
-      rounds_per_chunk: R, rounds between two looks of the host.
-
-    Returns:
-      A jitted function (key, state, data, hyper, last_round int32 []) → (state, Metrics [R]). Round
-      t uses the key stream ("round", t) of `key`. Rounds past `last_round` are not run; their rows
-      are zero. The state is donated: it must not be used again.
-
-    Raises:
-      ValueError: `rounds_per_chunk` below 1.
-    """
-    return jax.jit(chunk_of_rounds(round_, model, config, rounds_per_chunk), donate_argnums=1)
-
-
-def chunks(
-    simulation: Simulation,
+def run(
     key: jax.Array,
-    state: RoundState,
-    data: FederatedData,
-    hyper: Hyper,
+    experiment: Experiment,
+    data: Federation,
+    *,
     rounds: int,
-) -> Iterator[tuple[RoundState, list[dict[str, Any]]]]:
-    """Goes on from `state` to round `rounds`, a chunk at a time.
+    measure: Measure | None = None,
+    rounds_per_chunk: int = 1,
+    state: State | None = None,
+) -> Iterator[tuple[State, list[Row]]]:
+    """Goes on to round `rounds`, a compiled chunk at a time.
 
     Args:
-      simulation: of `make_simulation`, or its compiled form.
-      key: of all rounds of the run; the same key goes on to the same result.
-      state: donated.
+      key: the run's root, `keys.root(seed)`; the same key goes on to the same result.
+      experiment: the parts.
       data: the federation.
-      hyper: traced numbers.
       rounds: last round, counted from 1.
+      measure: what is recorded; default `Standard()`.
+      rounds_per_chunk: rounds between two looks of the host.
+      state: where to go on; donated. Default: the beginning.
 
     Yields:
       (state, rows): the state after the chunk, valid until the generator advances, and a dict of
       plain Python values for each round in it.
     """
-    done = int(state.round)
+    kept = Standard() if measure is None else measure
+    experiment = experiment.resolved()
+    simulation = jax.jit(chunk_of_rounds(rounds_per_chunk, kept), donate_argnums=1)
+    now: State = (
+        jax.jit(lambda k, e, d: begin(k, e, d, kept))(key, experiment, data)
+        if state is None
+        else state
+    )
+    done = int(now.round)
     while done < rounds:
-        state, metrics = simulation(key, state, data, as_arrays(hyper), jnp.int32(rounds))
-        finished = int(state.round)
-        yield state, rows(metrics)[: finished - done]
+        now, numbers = simulation(key, now, data, experiment, jnp.int32(rounds))
+        finished = int(now.round)
+        yield now, rows(numbers)[: finished - done]
         done = finished
 
 
-def rows(metrics: Metrics) -> list[dict[str, Any]]:
-    """One dict a round; floats are the shortest decimals that name the float32, so 0.6 is 0.6."""
-    columns = jax.tree.map(np.asarray, metrics).__dict__
-    return [
-        {name: _plain(column[index]) for name, column in columns.items()}
-        for index in range(len(columns["round"]))
-    ]
+def rows(numbers: Numbers) -> list[Row]:
+    """One dict a round of numbers [R], the round first, the others in order of name; floats are the
+    shortest decimals of their float32, so that 0.6 is 0.6."""
+    names = sorted(numbers, key=lambda name: (name != "round", name))
+    columns = {name: np.asarray(numbers[name]) for name in names}
+    length = len(next(iter(columns.values())))
+    return [{name: _plain(column[at]) for name, column in columns.items()} for at in range(length)]
 
 
 def _plain(value: Any) -> bool | int | float:

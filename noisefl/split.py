@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from noisefl import evaluate
-from noisefl.models.order import layer_order
+from noisefl.models import Functions
 
 Params = Any
 LARGEST = 2048  # numbers kept for an image; more would cost more to read than to compute again
@@ -63,23 +63,25 @@ class Split(NamedTuple):
 
 
 def at(
-    model: nn.Module, paths: tuple[tuple[str, ...], ...], image_shape: tuple[int, int, int]
+    model: Functions, paths: tuple[tuple[str, ...], ...], image_shape: tuple[int, int, int]
 ) -> Split | None:
     """The cut below the first called layer that owns one of the noised parameters at `paths`.
 
-    None where nothing is saved: at the first layer of all; where another parameter than a layer's
-    kernel or bias is noised; where the layer's input is too large to be kept; or where that input
-    is not one array with an entry for each image.
+    None where nothing is saved: at the first layer of all; in a model that is no Flax module;
+    where another parameter than a layer's kernel or bias is noised; where the layer's input is too
+    large to be kept; or where that input is not one array with an entry for each image.
     """
-    layers = [layer.path for layer in layer_order(model, image_shape)]
+    if model.module is None or not paths:
+        return None
+    layers = [layer.path for layer in model.layers(image_shape)]
     owners = {path[:-1] for path in paths}
     if not owners <= set(layers):
         return None
     first = min(owners, key=layers.index)
     if first == layers[0]:
         return None
-    split = Split(model, first)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    split = Split(model.module, first)
+    params = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
     try:
         kept = jax.eval_shape(lambda p, x: split.below(p, x, 2), params, images)
@@ -89,7 +91,7 @@ def at(
 
 
 def accuracy_of(
-    model: nn.Module,
+    model: Functions,
     split: Split | None,
     base: Params,
     images: jax.Array,

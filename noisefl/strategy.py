@@ -1,46 +1,99 @@
-"""What "auto" means for the options of a config that change only speed: by backend, as measured.
+"""What changes only speed, memory and the last bits: how clients, images and layers are laid out.
 
-BUILD_NOTES.md, "Speed", has the figures. Those of accelerators are reasoned, not measured.
+None and "auto" mean the measured best of a target; BUILD_NOTES.md has the figures. Those of
+accelerators are reasoned, not measured.
 """
 
+from typing import Any
+
 import jax
+from flax import linen as nn
 
-from noisefl.config import Config
+from noisefl.models import LOWERINGS, Lowering
+from noisefl.parts import Part, choice, part, size, static
 
-
-def clients_at_once(config: Config) -> int:
-    """Clients side by side under vmap, at most the cohort.
-
-    Two CPU cores are busy with one client's products, and its model stays in cache. On an
-    accelerator one client's products are far too small; a hundred bound the memory.
-    """
-    if config.clients_at_once is not None:
-        return min(config.clients_at_once or config.cohort, config.cohort)
-    return 1 if _on_cpu() else min(config.cohort, 100)
+AUTOMATIC = "the best of the target"
 
 
-def eval_batch(config: Config) -> int:
-    """Images a forward pass: on a CPU so few that the activations stay in cache."""
-    if config.eval_batch is not None:
-        return config.eval_batch
-    return 50 if _on_cpu() else 1000
+@part
+class Strategy(Part):
+    """Options that change how a round runs, and results in the last bits alone."""
+
+    clients_at_once: int | None = size(
+        None, "clients trained side by side; 0: all of a round", unit="clients", low=0,
+        none=AUTOMATIC,
+    )  # fmt: skip
+    eval_batch: int | None = size(
+        None, "images in one forward pass of an evaluation", unit="images", none=AUTOMATIC
+    )
+    gather: str = choice(
+        "auto", ("auto", "step", "client"), "a client's images are fetched each step, or at once"
+    )
+    conv: str = choice("auto", LOWERINGS["conv"], "lowering of convolutions")
+    pool: str = choice("auto", LOWERINGS["pool"], "gradient of max pooling")
+    dense: str = choice("auto", LOWERINGS["dense"], "gradient of dense kernels")
+    precision: str = choice(
+        "default", LOWERINGS["precision"], "of matrix products; default is JAX's for the target"
+    )
+    target: str = choice(
+        "auto", ("auto", "cpu", "gpu", "tpu"), "platform that the automatic choices are for"
+    )
+    clients_axis: str = static(
+        "", "mapped axis over which the clients of a round are split; empty: they are not"
+    )
+
+    @property
+    def lowering(self) -> Lowering:
+        """Of the model's layers. Raises ValueError where two of the options exclude each other."""
+        target = None if self.target == "auto" else self.target
+        return Lowering(self.conv, self.pool, self.dense, self.precision, target)
+
+    def check(self) -> None:
+        _ = self.lowering
+
+    def resolved(self, clients: int) -> "Strategy":
+        """With a value wherever it says None or auto.
+
+        Two CPU cores are busy with one client's products, and its model stays in cache; on an
+        accelerator one client's products are far too small, and a hundred bound the memory. A CPU
+        forwards so few images at once that the activations stay in cache.
+
+        Args:
+          clients: M, of a round.
+        """
+        target = jax.default_backend() if self.target == "auto" else self.target
+        cpu = target == "cpu"
+        at_once = self.clients_at_once
+        if at_once is None:
+            at_once = 1 if cpu else 100
+        return self.replace(
+            target="gpu" if target in ("cuda", "rocm") else target,
+            clients_at_once=min(at_once or clients, clients),
+            eval_batch=self.eval_batch or (50 if cpu else 1000),
+            gather="client" if self.gather == "auto" else self.gather,
+        )
 
 
-def gather(config: Config) -> str:
-    """ "step" or "client"; a client's images, as bytes, are few, and one gather is cheaper."""
-    return "client" if config.gather == "auto" else config.gather
+def lowered(model: Any, lowering: Lowering) -> Any:
+    """The model with its layers lowered so, where it leaves that open; any other as it is."""
+    own = getattr(model, "lowering", None)
+    if not isinstance(model, nn.Module) or not isinstance(own, Lowering):
+        return model
+    given = {
+        name: getattr(
+            own if getattr(own, name) not in ("auto", "default", None) else lowering, name
+        )
+        for name in (*LOWERINGS, "target")
+    }
+    return model.clone(lowering=Lowering(**given))
 
 
 def lanes_side_by_side(lanes: int) -> int:
     """Lanes of a sweep side by side on one device; on a CPU one keeps a core busy, as a client."""
-    return 1 if _on_cpu() else lanes
+    return 1 if jax.default_backend() == "cpu" else lanes
 
 
 def lanes_a_device(total: int) -> int:
     """Lanes of one program on one device before the memory is looked at. On a CPU lanes go in turn:
     enough of them that devices seldom wait for each other, few enough to be seen to advance."""
-    return min(total, 8 if _on_cpu() else 256)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return min(total, 8 if jax.default_backend() == "cpu" else 256)

@@ -11,8 +11,22 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import noisefl
+from noisefl.data import Federation, Images
 from noisefl.models import Conv, max_pool
+
+# Compiles in a third of the time, here and in the processes that tests start. What users get, XLA's
+# default, is compared with it where that matters, and is what the marked tests run.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+
+
+def pytest_configure(config):
+    """XLA reads its flags when a device is first used, which is after this."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
 
 jax.config.update("jax_legacy_prng_key", "error")  # typed keys only
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -43,7 +57,7 @@ def tiny_model() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def tiny_data() -> noisefl.FederatedData:
+def tiny_data() -> Federation:
     """6 ragged clients of 6 × 6 images whose class is the brightest third of the columns."""
     rng = np.random.default_rng(5)
 
@@ -59,6 +73,6 @@ def tiny_data() -> noisefl.FederatedData:
     for row, count in zip(table, counts, strict=True):
         row[:count] = np.arange(start, start + count)
         start += count
-    return noisefl.FederatedData(
-        *split(start), jnp.asarray(table), jnp.asarray(counts), *split(21), *split(34)
-    )
+    train, validation, test = split(start), split(21), split(34)
+    images = Images(*train, *test)
+    return Federation(images, jnp.asarray(table), jnp.asarray(counts), *validation)

@@ -1,11 +1,11 @@
-"""Tiny made-up federations, a tiny model, and the library's draws handed to the reference.
+"""Tiny made-up federations, a tiny experiment, and the library's draws handed to the reference.
 
-The library is asked for its draws by public functions alone: the cohort, its signs and the borrowed
-counts out of `RoundInfo`, batches by `client.batches`, unit noise by `noise.draw`.
+The library is asked for its draws by public functions alone: the members and the borrowed counts
+out of `RoundInfo`, batches by `Training.batches`, unit noise by `Where.draw`.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,21 +15,24 @@ import reference as ref
 import reference_nets as nets
 from flax import linen as nn
 
-from noisefl import client, keys, make_round, models, noise
-from noisefl.config import Config, Hyper, check_hyper
-from noisefl.data import FederatedData
-from noisefl.rounds import Round, RoundState
+import noisefl
+from noisefl import calibrate, keys, models, schemes
+from noisefl.data import Federation, Images
+from noisefl.experiment import Experiment
+from noisefl.local import SGD, Training
+from noisefl.parts import changed, name_of, walk
+from noisefl.round import State
 
 IMAGE = (8, 8, 1)
 CLASSES = 4
-COUNTS = (9, 1, 6, 12, 3, 7, 4, 10)  # ragged for B = 4, one client of a single sample
+COUNTS = (9, 1, 6, 12, 3, 7, 8, 10)  # ragged for B = 4, one client of a single sample
+EQUAL = (7,) * 8  # as many in all: another table, the same shapes
 VALIDATION, TEST = 37, 29  # primes: 0.6 of either is no whole number of images
+KEY = keys.root(0)
 
 # Three rounds in float32 differ from float64 by 1e-6 on parameters of size 2, noise of size 20 in
 # between; the rest is room for another backend's order of summation.
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-5}
-# Compiles in a third of the time; what users get, the default, is compared with it in a test.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 class TinyCNN(nn.Module):
@@ -41,32 +44,55 @@ class TinyCNN(nn.Module):
         return nn.Dense(CLASSES, name="head")(x.reshape(x.shape[0], -1))
 
 
+def initial(key: jax.Array, images: jax.Array) -> dict:
+    """Parameters of the same shapes, for `forward`."""
+    kernels = jax.random.split(key)
+    shapes = {"stem": (3, 3, 1, 3), "head": (48, CLASSES)}
+    return {
+        name: {"kernel": jax.random.normal(k, shape) / 3, "bias": jnp.zeros(shape[-1])}
+        for k, (name, shape) in zip(kernels, shapes.items(), strict=True)
+    }
+
+
+def forward(params: Any, x: jax.Array) -> jax.Array:
+    """The same network as a pure function, which is traced in a third of the time."""
+    x = models.convolve(x, params["stem"]["kernel"], "SAME") + params["stem"]["bias"]
+    x = nn.relu(models.max_pool(x)).reshape(x.shape[0], -1)
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
 NET: nets.Net = [("conv", "stem", "SAME"), ("relu",), ("pool",), ("flatten",), ("dense", "head")]
 
-
-def config(**changes) -> Config:
-    """K = 8, m = 4, B = 4."""
-    tiny = Config(
-        image_shape=IMAGE,
-        num_clients=len(COUNTS),
-        client_fraction=0.5,
-        batch_size=4,
-        local_test_size=20,
-    )
-    return dataclasses.replace(tiny, **changes)
+# m = 4 of K = 8, B = 4. Steps of the loop are exact in binary, so that float32 and float64 agree on
+# each strength.
+LOOP = calibrate.Additive(strength_step=0.5, strength_max=8.0)
+TINY = Experiment(
+    model=(initial, forward),
+    cohort=noisefl.Cohort(clients_per_round=4),
+    local=Training(SGD(learning_rate=0.125), batch_size=4),
+    scheme=schemes.Warmup(schemes.Pair(calibrator=LOOP)),
+)
 
 
-def hyper(config: Config, **changes) -> Hyper:
-    """Steps of the loop are exact in binary, so that float32 and float64 agree on each strength."""
-    tiny = {"learning_rate": 0.125, "strength_step": 0.5, "strength_max": 8.0}
-    return check_hyper(Hyper(**{**tiny, **changes}), config)
+def experiment(**fields: Any) -> Experiment:
+    """`TINY` with other values of its fields, by name, wherever in the tree they stand."""
+    made = TINY
+    whole = ("scheme", "owner", "calibrator")  # whose own fields may follow
+    for name, value in sorted(fields.items(), key=lambda field: field[0] not in whole):
+        owners = {type(place.owner) for place in walk(made) if place.name == name}
+        assert owners, name
+        for cls in owners:
+            made = changed(made, cls, **{name: value})
+    return made
 
 
-@functools.cache
-def program(config: Config, optimizer: Any = None, calibrator: Any = None) -> Round:
-    """The round with its step compiled, once for all tests of this process."""
-    init, step = make_round(TinyCNN(), config, optimizer=optimizer, calibrator=calibrator)
-    return Round(init, jax.jit(step, compiler_options=QUICK))
+def observe(key: jax.Array, copy: Any, returned: Any, own: Any) -> Any:
+    """What every client received, and what it returned: [M, …]."""
+    return copy, returned
+
+
+# One compilation for each structure of an experiment: cases that differ in numbers share it.
+step = jax.jit(functools.partial(noisefl.step, observe=observe))
 
 
 def images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -78,24 +104,20 @@ def images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels.astype(np.uint8)
 
 
-def federation(counts=COUNTS, seed: int = 0) -> FederatedData:
-    """Clients of the given sizes; their samples lie scattered, and two columns are padding only."""
+@functools.cache
+def federation(counts=COUNTS, seed: int = 0) -> Federation:
+    """Clients of the given sizes; their samples lie scattered, some columns are padding only."""
     rng = np.random.default_rng(seed)
     owned = rng.permutation(sum(counts)).astype(np.int32)
-    table = np.zeros((len(counts), max(counts) + 2), np.int32)
+    table = np.zeros((len(counts), max(14, *counts)), np.int32)
     for k, (count, end) in enumerate(zip(counts, np.cumsum(counts), strict=True)):
         table[k, :count] = owned[end - count : end]
     labels = [rng.integers(0, CLASSES, n, np.int32) for n in (sum(counts), VALIDATION, TEST)]
-    pixels = [images(split, rng) for split in labels]
-    return FederatedData(
-        train_images=jnp.asarray(pixels[0]),
-        train_labels=jnp.asarray(labels[0]),
-        clients=jnp.asarray(table),
-        counts=jnp.asarray(counts, jnp.int32),
-        validation_images=jnp.asarray(pixels[1]),
-        validation_labels=jnp.asarray(labels[1]),
-        test_images=jnp.asarray(pixels[2]),
-        test_labels=jnp.asarray(labels[2]),
+    train, validation, test = (
+        (jnp.asarray(images(split, rng)), jnp.asarray(split)) for split in labels
+    )
+    return Federation(
+        Images(*train, *test), jnp.asarray(table), jnp.asarray(counts, jnp.int32), *validation
     )
 
 
@@ -113,82 +135,128 @@ def trained() -> nets.Params:
     return nets.client_update(NET, params, batches, pixels, labels, 0.3)
 
 
-def start(round_: Round) -> RoundState:
+def start(experiment: Experiment = TINY) -> State:
     """A state at round 0 whose base is trained and whose owner is another model."""
-    state = round_.init(keys.root(7))
+    state = noisefl.init(keys.root(7), experiment, federation())
     base = jax.tree.map(jnp.float32, trained())
     rng = np.random.default_rng(3)
     owner = jax.tree.map(lambda w: w + jnp.float32(rng.normal(0, 0.1, w.shape)), base)
-    return dataclasses.replace(state, base=base, owner=owner)
+    return replaced(state, base=base, owner=owner)
 
 
-def round_keys(rounds: int, seed: int = 0) -> list[jax.Array]:
-    """The keys that a simulation of this seed gives its first rounds."""
-    return [keys.stream(keys.root(seed), "round", t) for t in range(1, rounds + 1)]
+def ours(cls: type) -> bool:
+    """It is of the package, and not of a test or an example."""
+    return cls.__module__.startswith("noisefl.")
+
+
+def lane(tree: Any, number: int) -> Any:
+    """One entry of the leading axis."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+def replaced(tree: Any, **changes: Any) -> Any:
+    """A flax dataclass with other values."""
+    return tree.replace(**changes)
+
+
+def plain(tree: Any) -> Any:
+    """In NumPy, keys as their bits."""
+
+    def of(leaf: Any) -> np.ndarray:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(of, tree)
+
+
+def assert_same(ours: Any, theirs: Any, **tolerance: Any) -> None:
+    """Equal bit for bit without a tolerance; with one, floats alone may differ."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.dtype == other.dtype
+        if tolerance and one.dtype.kind == "f":
+            np.testing.assert_allclose(one, other, **tolerance)
+        else:
+            np.testing.assert_array_equal(one, other)
 
 
 # The same, for the reference.
 
 
-def reference_start(state: RoundState) -> ref.State:
-    owner, base = nets.as_float64(state.owner), nets.as_float64(state.base)
-    return ref.State(int(state.round), owner, base, True, float(state.owner_accuracy))
-
-
-def options(config: Config, hyper: Hyper) -> ref.Options:
-    named = {field.name for field in dataclasses.fields(ref.Options)}
-    numbers = {name: value.item() for name, value in dataclasses.asdict(hyper).items()}
-    values = {**dataclasses.asdict(config), **numbers}
-    values["momentum"] = numbers["momentum"] if config.momentum else None
-    values["clip_norm"] = numbers["clip_norm"] if config.clipping else None
-    noised = ref.noised_parameters(NET, config.noise_layers, config.noise_parameters)
+def options(experiment: Experiment) -> ref.Options:
+    """Its options: fields of the same names, and which rule and wrappers there are."""
+    places = list(walk(experiment))
+    kinds = {type(place.value).__name__ for place in places}
+    values = {place.name: place.value for place in places if place.value is not None}
+    if "Warmup" not in kinds:
+        values["warmup_rounds"] = np.int32(schemes.NEVER if "Bare" in kinds else 0)
+    values |= {
+        "calibrator": name_of(type(values.get("calibrator"))),
+        "bare_first": "Geometric" in kinds,
+        "skip_infeasible": "SkipInfeasible" in kinds,
+        "until_cap": "UntilCap" in kinds,
+        "keep_best": "KeepBest" in kinds,
+        "feeds_back": "FeedsBack" in kinds,
+    }
+    named = set(ref.Options.__dataclass_fields__) & set(values)
+    noised = values.get("noise_layers", "first"), values.get("noise_parameters", "kernel")
     return ref.Options(
-        net=NET, noised=noised, **{name: values[name] for name in named if name in values}
-    )
+        net=NET,
+        noised=ref.noised_parameters(NET, *noised),
+        **{n: values[n].item() if isinstance(values[n], np.generic | np.ndarray) else values[n]
+           for n in named},
+    )  # fmt: skip
 
 
-def reference_data(data: FederatedData, config: Config) -> ref.Data:
+def reference_data(data: Federation, experiment: Experiment) -> ref.Data:
     rows = [
         np.asarray(row)[: int(n)]
         for row, n in zip(data.clients, np.asarray(data.counts), strict=True)
     ]
     train_images, train_labels = np.asarray(data.train_images), np.asarray(data.train_labels)
-    judged = (
-        (data.test_images, data.test_labels)
-        if config.accuracy_on == "test"
-        else (data.validation_images, data.validation_labels)
-    )
+    on = experiment.accuracy_on
     return ref.Data(
         client_images=[train_images[row] for row in rows],
         client_labels=[train_labels[row] for row in rows],
-        accuracy_images=np.asarray(judged[0]),
-        accuracy_labels=np.asarray(judged[1]),
+        accuracy_images=np.asarray(getattr(data, f"{on}_images")),
+        accuracy_labels=np.asarray(getattr(data, f"{on}_labels")),
     )
 
 
-def local_batches(key: jax.Array, k: int, data: FederatedData, config: Config) -> list[np.ndarray]:
+def local_batches(key: jax.Array, k: int, data: Federation, local: Training) -> list[np.ndarray]:
     """Client k's batches of a round, without the padding."""
     padded = data.clients.shape[1]
-    positions, valid = client.batches(keys.stream(key, "client", k), data.counts[k], padded, config)
+    positions, valid = local.batches(keys.stream(key, "client", k), data.counts[k], padded)
     both = zip(np.asarray(positions), np.asarray(valid), strict=True)
     return [step[mask] for step, mask in both if mask.any()]
 
 
-def unit_noise(key: jax.Array, j: int, base, config: Config) -> nets.Params:
-    """Unit noise of try j, as nested as the parameters are."""
-    paths = noise.target(TinyCNN(), config)
-    key = keys.stream(keys.stream(key, "calibration"), "try", j)
-    nested: nets.Params = {}
-    for (layer, name), leaf in noise.draw(key, base, paths, config.noise_distribution).items():
-        nested.setdefault(layer, {})[name] = np.asarray(leaf, np.float64)
-    return nested
+def unit_noise(key: jax.Array, base: Any, experiment: Experiment) -> Callable[[int], nets.Params]:
+    """Unit noise of try j of a round, as nested as the parameters are."""
+    [where] = [place.value for place in walk(experiment) if place.name == "on"] or [None]
+    paths = where.paths(experiment.functions, IMAGE) if where else ()
+
+    def of_try(j: int) -> nets.Params:
+        nested: nets.Params = {}
+        own = keys.stream(keys.stream(key, "calibration"), "try", j)
+        for (layer, name), leaf in where.draw(own, base, paths).items():
+            nested.setdefault(layer, {})[name] = np.asarray(leaf, np.float64)
+        return nested
+
+    return of_try
 
 
-def draws(key: jax.Array, info, base, data: FederatedData, config: Config) -> ref.Draws:
-    cohort = [(int(k), int(sign)) for k, sign in zip(info.clients, info.signs, strict=True)]
+def draws(
+    key: jax.Array, info: Any, base: Any, data: Federation, experiment: Experiment
+) -> ref.Draws:
+    """All randomness of the round of that key."""
+    members = info.members
+    signs = 1 - 2 * np.asarray(members.groups)
+    cohort = [(int(k), int(sign)) for k, sign in zip(members.clients, signs, strict=True)]
     return ref.Draws(
         cohort=cohort,
-        batches=[local_batches(key, k, data, config) for k, _ in cohort],
-        server_counts=np.asarray(info.server_counts).tolist(),
-        noise=lambda j: unit_noise(key, j, base, config),
+        batches=[local_batches(key, k, data, experiment.local) for k, _ in cohort],
+        server_counts=np.asarray(info.told["server_counts"]).tolist(),
+        noise=unit_noise(key, base, experiment),
     )

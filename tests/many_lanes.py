@@ -9,30 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from noisefl import (
-    Config,
-    Dataset,
-    FederatedData,
-    Hyper,
-    check_hyper,
-    federate,
-    keys,
-    make_round,
-    simulate,
-    sweep,
-)
-from noisefl import fedavg as without_noise
+import noisefl
+from noisefl import calibrate, keys, local, measure, noise, optimizers, schemes, simulate, sweep
+from noisefl.data import Dataset, Federation
+from noisefl.parts import changed
 
 ROUNDS, CHUNK = 4, 2
-CONFIG = Config(
-    image_shape=(6, 6, 1),
-    num_clients=6,
-    client_fraction=0.5,  # 3 clients, no multiple of the devices that may share them
-    batch_size=4,
-    noise_scale="relative",
-    local_test_size=20,
-    eval_batch=8,
-)
+MEASURE = measure.Standard(local_test_size=20)
 
 
 class Linear(nn.Module):
@@ -48,13 +31,25 @@ class Lane(NamedTuple):
 
     name: str
     seed: int
-    data: FederatedData
-    hyper: Hyper
+    data: Federation
+    experiment: noisefl.Experiment
 
 
-def hyper(**changes: Any) -> Hyper:
-    tiny = {"learning_rate": 0.5, "cap": 0.55, "strength": 0.4, "strength_step": 0.4}
-    return check_hyper(Hyper(**{**tiny, "strength_max": 6.0, "max_tries": 9, **changes}), CONFIG)
+def experiment(
+    learning_rate: float = 0.5, warmup_rounds: int = 1, **rule: Any
+) -> noisefl.Experiment:
+    """m = 3 clients, no multiple of the devices that may share them; numbers of the rule differ."""
+    tiny = {"cap": 0.55, "strength": 0.4, "strength_step": 0.4, "strength_max": 6.0, "max_tries": 9}
+    pair = schemes.Pair(
+        on=noise.layers("first", relative=True), calibrator=calibrate.Additive(**{**tiny, **rule})
+    )
+    return noisefl.Experiment(
+        model=Linear(),
+        cohort=noisefl.Cohort(3),
+        local=local.Training(optimizers.SGD(learning_rate), batch_size=4),
+        scheme=schemes.Warmup(pair, warmup_rounds),
+        strategy=noisefl.Strategy(eval_batch=8),
+    )
 
 
 @functools.cache
@@ -73,19 +68,24 @@ def dataset() -> Dataset:
 
 
 @functools.cache
-def lanes() -> tuple[Lane, ...]:
-    def data(scheme: str, seed: int) -> FederatedData:
-        return federate(dataset(), num_clients=6, scheme=scheme, seed=seed, validation_size=15)
+def data(partition: str = "iid", seed: int = 0) -> Federation:
+    """6 clients, 15 images to validate on, 34 to test."""
+    deal = noisefl.Deal(num_clients=6, partition=partition, validation_size=15)
+    return noisefl.federate(dataset(), deal, seed=seed)
 
-    even, uneven, other = data("iid", 0), data("lognormal", 0), data("lognormal", 2)
+
+@functools.cache
+def lanes() -> tuple[Lane, ...]:
+    even, uneven, other = data(), data("lognormal"), data("lognormal", 2)
+    fedavg = noisefl.fedavg
     return (
-        Lane("even", 0, even, hyper()),
-        Lane("another seed and cap", 1, even, hyper(cap=0.4)),
-        Lane("uneven clients, small steps", 2, uneven, hyper(learning_rate=0.1)),
-        Lane("other clients, long warm-up", 3, other, hyper(warmup_rounds=3)),
-        Lane("FedAvg", 0, even, without_noise(hyper())),
-        Lane("FedAvg of uneven clients", 2, uneven, without_noise(hyper(learning_rate=0.1))),
-        Lane("one try, any accuracy", 0, even, hyper(cap=0.99, max_tries=1)),
+        Lane("even", 0, even, experiment()),
+        Lane("another seed and cap", 1, even, experiment(cap=0.4)),
+        Lane("uneven clients, small steps", 2, uneven, experiment(0.1)),
+        Lane("other clients, long warm-up", 3, other, experiment(warmup_rounds=3)),
+        Lane("FedAvg", 0, even, fedavg(experiment())),
+        Lane("FedAvg of uneven clients", 2, uneven, fedavg(experiment(0.1))),
+        Lane("one try, any accuracy", 0, even, experiment(cap=0.99, max_tries=1)),
     )
 
 
@@ -93,33 +93,40 @@ def swept(some: Sequence[Lane] | None = None, **options: Any) -> sweep.Result:
     """The lanes by `sweep.run`, 4 at once: with all seven, a batch of 4, and one with a gap."""
     some = lanes() if some is None else some
     return sweep.run(
-        CONFIG,
-        jax.tree.map(lambda *leaves: np.stack(leaves), *(lane.hyper for lane in some)),
+        [lane.experiment for lane in some],
         jnp.stack([keys.root(lane.seed) for lane in some]),
         [lane.data for lane in some],
-        model=Linear(),
         rounds=ROUNDS,
         rounds_per_chunk=CHUNK,
+        measure=MEASURE,
         **{"lanes_at_once": 4, **options},
     )
 
 
 @functools.cache
 def program() -> tuple[Any, Any]:
-    round_ = make_round(Linear(), CONFIG)
-    return jax.jit(round_.init), simulate.make_simulation(round_, Linear(), CONFIG, CHUNK)
+    begin = functools.partial(simulate.begin, measure=MEASURE)
+    return jax.jit(begin), jax.jit(simulate.chunk_of_rounds(CHUNK, MEASURE))
 
 
 def alone(lane: Lane) -> Any:
-    """(state after the last round, metrics [T]) of one run by `simulate`, NumPy arrays."""
-    init, simulation = program()
-    root = keys.root(lane.seed)
-    state = init(keys.stream(root, "init"))
-    chunks = []
+    """(state, numbers [T] by name) of one run by `simulate`, in NumPy."""
+    begin, simulation = program()
+    root, chunks = keys.root(lane.seed), []
+    state = begin(root, lane.experiment, lane.data)
     for _ in range(0, ROUNDS, CHUNK):
-        state, metrics = simulation(
-            keys.stream(root, "rounds"), state, lane.data, lane.hyper, jnp.int32(ROUNDS)
-        )
-        chunks.append(metrics)
-    metrics = jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
-    return jax.tree.map(np.asarray, (state, metrics))
+        state, numbers = simulation(root, state, lane.data, lane.experiment, jnp.int32(ROUNDS))
+        chunks.append(numbers)
+    numbers = jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+    return jax.tree.map(np.asarray, (state, numbers))
+
+
+def by_name(result: Any) -> dict[str, np.ndarray]:
+    """The leaves of (states, numbers)."""
+    found = jax.tree.leaves_with_path(tuple(result))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+
+def with_numbers(lane: Lane, part: type, **numbers: Any) -> Lane:
+    """The lane with other numbers in every part of that class."""
+    return lane._replace(experiment=changed(lane.experiment, part, **numbers))

@@ -1,7 +1,7 @@
 """One round of Noise-based Federated Averaging in plain NumPy: ALGORITHM.md, line by line.
 
 Shares no code with `noisefl`. All randomness comes in through `Draws`, so the library's own draws
-can be replayed here and the two states compared. Options carry the names of `noisefl.config`.
+can be replayed here and the two states compared. Options carry the names of the library's fields.
 """
 
 import dataclasses
@@ -25,13 +25,15 @@ class Options:
     noised: list[tuple[str, str]]
     noise_scale: str = "absolute"  # or "relative"
     calibrator: str = "additive"  # or "geometric", "fixed"
+    bare_first: bool = False  # the first try is W itself: one model, N images, and no noise
     redraw: str = "fresh"  # or "rescale"
-    on_infeasible: str = "ship"  # or "skip"
-    warmup: str = "rounds"  # or "until_cap"
+    skip_infeasible: bool = False
+    until_cap: bool = False
     server_weights: str = "borrowed"  # or "uniform"
-    next_base: str = "base"  # or "owner"
     cancellation: str = "pair"  # or "subtract", "reweight"
     keep_best: bool = False
+    feeds_back: bool = False  # the base of the next round is G, not W
+    server_learning_rate: float = 1.0
     learning_rate: float = 0.1
     learning_rate_decay: float = 1.0
     momentum: float | None = None
@@ -73,7 +75,7 @@ class State:
     round: int  # rounds completed
     owner: Params  # G
     base: Params  # W
-    warm: bool  # no round so far ended with acc(G) > cap; read by warmup "until_cap" only
+    warm: bool  # no round so far ended with acc(G) > cap; read by until_cap only
     owner_accuracy: float  # acc(G) on the accuracy split
 
 
@@ -87,8 +89,8 @@ class Report:
     strength: float  # of the last try; 0 in warm-up
     relative_strength: float  # the same in units of the RMS of the noised parameters
     tries: int
-    evaluations: int  # 2 a try
-    samples: int  # 2·N a try
+    evaluations: int  # 2 a try, 1 of the bare base
+    samples: int  # N an evaluation
     plus_accuracy: float  # of the copies of the last try, on the accuracy split
     minus_accuracy: float
     schedule: list[tuple[float, float, float]]  # (strength, acc of plus, acc of minus) of each try
@@ -173,12 +175,16 @@ def reference_round(
 
     t = state.round + 1
     base = state.base
-    warming = t <= options.warmup_rounds or (options.warmup == "until_cap" and state.warm)
+    warming = t <= options.warmup_rounds or (options.until_cap and state.warm)
 
     # "while t > τ and (acc(W+ξ) > cap or acc(W−ξ) > cap): remove the previous noise; raise σ; …"
     strength, feasible, plus, minus, schedule = 0.0, True, base, base, []
-    while not warming:
-        j = len(schedule)
+    bare = 0
+    if options.bare_first and not warming:
+        schedule.append((0.0, acc(base), acc(base)))
+        feasible, bare = acc(base) <= options.cap - options.cap_margin, 1
+    while not warming and not (bare and feasible):
+        j = len(schedule) - bare
         strength = strength_of_try(j, options)
         unit = draws.noise(0 if options.redraw == "rescale" else j)
         noise = scaled_noise(base, unit, strength, options)
@@ -188,10 +194,10 @@ def reference_round(
         # at σ_max a fresh draw is another chance, the same draw is not
         same_again = options.redraw == "rescale" and strength >= options.strength_max
         hopeless = options.calibrator == "fixed" or same_again
-        if feasible or hopeless or len(schedule) == options.max_tries:
+        if feasible or hopeless or len(schedule) >= options.max_tries:
             break
     plus_accuracy, minus_accuracy = schedule[-1][1:] if schedule else (acc(plus), acc(minus))
-    shipped = feasible or options.on_infeasible == "ship"
+    shipped = feasible or not options.skip_infeasible
 
     # "w_k ← ClientUpdate(k, W+ξ) for k in a_t; w_k ← ClientUpdate(k, W−ξ) for k in b_t"
     learning_rate = options.learning_rate * options.learning_rate_decay ** (t - 1)
@@ -214,7 +220,7 @@ def reference_round(
             owner = new_base
         elif options.keep_best and acc(owner) < state.owner_accuracy:
             owner = state.owner
-        if options.next_base == "owner":
+        if options.feeds_back:
             new_base = owner
 
     owner_accuracy = acc(owner)
@@ -227,8 +233,8 @@ def reference_round(
         strength=strength,
         relative_strength=strength if relative else strength / rms(base, options.noised),
         tries=len(schedule),
-        evaluations=2 * len(schedule),
-        samples=2 * len(data.accuracy_labels) * len(schedule),
+        evaluations=2 * len(schedule) - bare,
+        samples=len(data.accuracy_labels) * (2 * len(schedule) - bare),
         plus_accuracy=plus_accuracy,
         minus_accuracy=minus_accuracy,
         schedule=schedule,
@@ -266,5 +272,6 @@ def aggregate(
         mean_count = float(np.mean([len(labels) for labels in data.client_labels]))
         server_counts = [mean_count for _ in server_counts]
     held = [state.owner for _ in server_counts]
-    owner = average(returned + held, counts + server_counts)
-    return owner, average(returned, counts)
+    mean, rate = average(returned, counts), options.server_learning_rate
+    base = combine(lambda w, m: w + rate * (m - w), state.base, mean)  # the mean itself at rate 1
+    return average([base, *held], [sum(counts), *server_counts]), base

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,21 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_flags import check_refusals
 
-from experiments import bench_calibration, calibration_figures, calibration_judge
-from noisefl import Config, models, noise
-from noisefl.data import FederatedData
+from experiments import bench_calibration
+from experiments.bench import figures, judge
+from noisefl import Experiment, calibrate, models, noise, parts, schemes
+from noisefl.data import Federation, Images
 
-KEYS = {
-    *("calibrator", "guarantee", "calibrations", "tries_mean", "images_per_round", "wall_share"),
-    *("strength_ratio_median", "violation_rate", "violation_rate_upper95", "infeasible_rate"),
-    *("run_owner_accuracy", "run_seconds", "owner_minus_source", "wall_share_mean", "claimed"),
-}
-
-
-def bench(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.bench_calibration", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+VOUCHED = calibrate.Predictive.guarantee
 
 
 def row(over: bool, feasible: bool = True, ratio: float | None = 1.5) -> dict:
@@ -33,61 +27,54 @@ def row(over: bool, feasible: bool = True, ratio: float | None = 1.5) -> dict:
 
 
 def test_the_upper_bound_is_the_exact_binomial_one():
-    none = calibration_figures.summary("predictive", [row(False)] * 300)
+    none = figures.summary("predictive", VOUCHED, [row(False)] * 300)
     assert none["violation_rate"] == 0
     # Without a violation the chance of seeing none is (1 - p)^n = 5 %.
     assert none["violation_rate_upper95"] == pytest.approx(1 - 0.05 ** (1 / 300))
-    every = calibration_figures.summary("predictive", [row(True)] * 3)
+    every = figures.summary("predictive", VOUCHED, [row(True)] * 3)
     assert (every["violation_rate"], every["violation_rate_upper95"]) == (1, 1)
 
 
 def test_only_rounds_that_call_themselves_feasible_count_for_the_guarantee():
     rows = [row(False), row(False), row(True, feasible=False), row(False, ratio=None)]
-    found = calibration_figures.summary("bisection", rows)
+    found = figures.summary("bisection", VOUCHED, rows)
     assert (found["violations"], found["infeasible_rate"], found["calibrations"]) == (0, 0.25, 4)
-    proxy = calibration_figures.summary("snr", [row(True, feasible=False), row(False, False)])
+    proxy = figures.summary("snr", "none", [row(True, feasible=False), row(False, False)])
     assert (proxy["violation_rate"], proxy["infeasible_rate"]) == (0.5, 1)  # it claims nothing
-    never = calibration_figures.summary("fixed", [row(True, feasible=False)] * 10)
+    never = figures.summary("fixed", VOUCHED, [row(True, feasible=False)] * 10)
     assert (never["claimed"], never["infeasible_rate"]) == (0, 1)
     assert (never["violation_rate"], never["violation_rate_upper95"]) == (None, None)
-    assert calibration_figures.violations(never) == "–"
-
-
-def test_means_are_of_all_calibrations_and_the_ratio_is_a_median():
-    rows: list[dict[str, Any]] = [row(False, ratio=ratio) for ratio in (1.0, 1.1, 2.0, None)]
-    for place, (tries, samples) in enumerate([(1, 10), (2, 20), (9, 30), (4, 400)]):
-        rows[place] |= {"tries": tries, "samples": samples}
-    found = calibration_figures.summary("predictive", rows)
-    assert (found["tries_mean"], found["images_per_round"]) == (4, 115)
-    assert found["strength_ratio_median"] == 1.1
+    rest = {"wall_share": 0.1, "run_owner_accuracy": [0.9], "run_seconds": 1}
+    assert figures.line(never | rest)["over cap (95 % up to)"] == "–"
 
 
 def test_what_is_measured_of_each_calibration(monkeypatch):
     """Of made-up calibrations: base b of repeat r reads 10 b + r images at strength b + r."""
-    monkeypatch.setattr(bench_calibration, "lanes", lambda *_: {})
-    monkeypatch.setattr(bench_calibration, "_QUICK", SimpleNamespace(value=False))
+    monkeypatch.setattr(bench_calibration, "_QUICK", SimpleNamespace(value=True))
     clock = itertools.count()  # each calibration begins and ends: one tick
     monkeypatch.setattr(bench_calibration.time, "perf_counter", lambda: next(clock) ** 2)
     data: list[Any] = [object(), object()]
     bases = [bench_calibration.Base(b, data[b // 2], b % 2 == 0, 0.9) for b in range(4)]
     carries, judged = [], []
 
-    def rule(key, base, data, carry):
+    def calibration(key, base, data, carry):
         carries.append((base, carry))
         repeat = len(carries) // 5
-        found = {"samples": 10 * base + repeat, "tries": base + 1, "feasible": base != 3}
-        return SimpleNamespace(**found, draw=f"draw {base}", strength=base + repeat), carry + 1
+        secret = SimpleNamespace(draw=f"draw {base}", strength=base + repeat)
+        bill = SimpleNamespace(samples=10 * base + repeat, tries=base + 1)
+        return secret, base != 3, bill, carry + 1
 
-    def pair(base, data, draw, strength):
+    def copies(base, data, draw, strength):
         judged.append((base, data, draw, strength))
         return np.array([0.61 if base == 1 else 0.6, 0.5], np.float32)
 
     def around(*_):
-        return np.where(calibration_figures.RATIOS < 0.8, 0.7, 0.6)
+        return np.where(figures.RATIOS < 0.8, 0.7, 0.6)
 
-    compiled: Any = SimpleNamespace(init=lambda: 0, rule_compiled=rule)
-    judge: Any = SimpleNamespace(pair=pair, around=around)
-    found = bench_calibration.measure("predictive", compiled, bases, 2, 7.0, judge)
+    rule = SimpleNamespace(init=lambda: 0, guarantee=VOUCHED)
+    compiled: Any = SimpleNamespace(rule=rule, calibration=calibration)
+    fake: Any = SimpleNamespace(copies=copies, around=around)
+    found = bench_calibration.measure("predictive", compiled, bases, 2, 7.0, fake)
     # The carry goes along the bases of one run, and no further.
     assert carries == [(0, 0), (1, 1), (2, 0), (3, 1)] * 2
     assert judged == [(b, data[b // 2], f"draw {b}", b + r) for r in (0, 1) for b in range(4)]
@@ -106,73 +93,86 @@ def test_what_is_measured_of_each_calibration(monkeypatch):
 def test_the_judge_judges_the_copies():
     """By the model itself, on all test images: one copy is much better than the other."""
     model, rng = models.by_name("mlp", 10), np.random.default_rng(0)
-    images = rng.integers(0, 256, (500, 28, 28, 1), np.uint8)
-    options = Config(noise_layers="last", noise_scale="relative", calibrator="fixed")
-    base = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    paths = noise.target(model, options)
-    draw = noise.draw(jax.random.key(1), base, paths, "gaussian")
-
-    def copy(strength: float):
-        return noise.apply(base, noise.scaled(base, draw, jnp.float32(strength), "relative"), 1)
+    images = rng.integers(0, 256, (500, 6, 6, 1), np.uint8)
+    pair = schemes.Pair(on=noise.layers("last", relative=True))
+    experiment = Experiment(model, scheme=pair).resolved()
+    base = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))["params"]
+    draw = pair.on.draw(jax.random.key(1), base, pair.touched(experiment.functions, (6, 6, 1)))
 
     def guess(params):
         return np.asarray(model.apply({"params": params}, images / np.float32(255))).argmax(axis=1)
 
+    def copy(strength: float):
+        return noise.apply(base, pair.on.scaled(base, draw, jnp.float32(strength)), 1)
+
     labels = np.where(rng.random(500) < 0.7, guess(copy(2.0)), guess(copy(-2.0)))
     some = jnp.asarray(images[:9]), jnp.asarray(labels[:9], jnp.int32)
-    data = FederatedData(
-        *some, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), *some,
-        test_images=jnp.asarray(images), test_labels=jnp.asarray(labels, jnp.int32),
-    )  # fmt: skip
-    judge = calibration_judge.make_judge(model, options)
+    test = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+    data = Federation(
+        Images(*some, *test), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), *some
+    )
+    made = judge.make_judge(experiment, pair)
     wanted = [np.mean(guess(copy(sign * 2.0)) == labels) for sign in (1, -1)]
     assert wanted[0] > wanted[1] + 0.1
-    np.testing.assert_allclose(judge.pair(base, data, draw, 2.0), wanted, atol=1e-6)
-    around = np.asarray(judge.around(base, data, draw, 2.0))
+    np.testing.assert_allclose(made.copies(base, data, draw, 2.0), wanted, atol=1e-6)
+    around = np.asarray(made.around(base, data, draw, 2.0))
     for place in (0, 20, 47):
-        strength = 2.0 * calibration_figures.RATIOS[place]
-        pair = [np.mean(guess(copy(sign * strength)) == labels) for sign in (1, -1)]
-        assert around[place] == pytest.approx(max(pair), abs=1e-6)
-    assert judge.owner(base, data) == pytest.approx(np.mean(guess(base) == labels), abs=1e-6)
+        strength = 2.0 * figures.RATIOS[place]
+        both = [np.mean(guess(copy(sign * strength)) == labels) for sign in (1, -1)]
+        assert around[place] == pytest.approx(max(both), abs=1e-6)
+    assert made.owner(base, data) == pytest.approx(np.mean(guess(base) == labels), abs=1e-6)
 
 
 def test_the_strength_ratio_is_to_the_weakest_that_holds():
-    ratios = calibration_figures.RATIOS
+    ratios = figures.RATIOS
     falls = np.where(ratios >= ratios[20], 0.6, 0.7)
-    assert calibration_figures.strength_ratio(falls, 0.9) == pytest.approx(1 / ratios[20])
-    assert calibration_figures.strength_ratio(falls, 0.6) is None  # needed no noise
-    assert calibration_figures.strength_ratio(np.full(48, 0.7), 0.9) is None
+    assert figures.strength_ratio(falls, 0.9) == pytest.approx(1 / ratios[20])
+    assert figures.strength_ratio(falls, 0.6) is None  # needed no noise
+    assert figures.strength_ratio(np.full(48, 0.7), 0.9) is None
 
 
-def test_it_writes_what_it_measured(tmp_path):
+OWN = """
+from noisefl import calibrate
+from noisefl.parts import part
+
+@part
+class Bold(calibrate.Fixed):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_it_writes_what_it_measured_of_your_own_rule_too(tmp_path):
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    done = bench(
-        *("--quick", "--model=mlp", "--calibrators=additive,predictive", "--repeats=1"),
-        *("--rounds=2", f"--json={file}", f"--picture={picture}"),
-    )
+    (tmp_path / "my_rules.py").write_text(OWN)
+    flags = f"--quick --model=mlp --repeats=1 --rounds=2 --json={file} --picture={picture}"
+    own = "--calibrators=additive,bold,predictive --modules=my_rules"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench_calibration", *flags.split(), *own.split()],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())
-    assert [result["calibrator"] for result in results] == ["additive", "predictive"]
-    assert all(set(result) >= KEYS for result in results)
+    assert [result["calibrator"] for result in results] == ["additive", "bold", "predictive"]
     assert results[0]["owner_minus_source"] == 0
-    assert results[1]["images_per_round"] < results[0]["images_per_round"]
+    assert results[2]["images_per_round"] < results[0]["images_per_round"]
     assert "owner" in done.stdout
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("flag", "says"),
-    [
-        ("--calibrators=predictiv", "calibrators='predictiv': must be one of"),
-        ("--noise_layers=conv9", "noise_layers='conv9': must be first, last, all, or"),
-        ("--json=/no/such/folder/b.json", "/no/such/folder/b.json"),
-        ("extra", "unexpected argument 'extra'"),
-        ("--rounds=1", "rounds=1: must be 0 or at least 2"),
-    ],
-)
-def test_bad_input_is_one_line(flag, says):
-    done = bench(flag)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "xla_bridge" not in line]
-    assert len(lines) == 1, done.stderr
-    assert says in lines[0]
+def test_all_rules_are_measured_with_the_same_cap_and_bound(monkeypatch):
+    monkeypatch.setattr(bench_calibration, "_LAYERS", SimpleNamespace(value="last"))
+    for cls in parts.implementations(calibrate.Calibrator):
+        rule = bench_calibration.pair_of(cls).calibrator
+        assert rule.cap == np.float32(0.6)
+        assert getattr(rule, "strength_max", 50) == 50
+
+
+def test_bad_input_is_one_line():
+    says = {
+        "--calibrators=predictiv": "calibrators='predictiv': must be one of additive",
+        "--modules=no.such": "No module named 'no'",
+        "--noise_layers=conv9": "noise_layers='conv9': must be first, last, all, or",
+        "--rounds=1": "rounds=1: must be 0 or at least 2",
+    }
+    check_refusals("experiments.bench_calibration", says)

@@ -1,11 +1,21 @@
 """`federate`: nothing lost, nothing shared between the splits, and the right things on device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from noisefl.data import SCHEMES, Dataset, FederatedData, federate
+from noisefl.data import (
+    PARTITIONS,
+    Dataset,
+    Deal,
+    Federation,
+    federate,
+    holdings,
+    partition,
+)
 
 
 def numbered(train=500, test=80, classes=10) -> Dataset:
@@ -33,9 +43,15 @@ def read(images) -> np.ndarray:
     return pixels[:, 0, 0, 0] + 256 * pixels[:, 0, 1, 0]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_splits_are_disjoint_and_whole(scheme):
-    data = federate(numbered(), num_clients=7, scheme=scheme, seed=3, validation_size=60)
+def dealt(seed: int, **fields: Any) -> Any:
+    """`numbered` over 7 clients, unless the fields say otherwise."""
+    given: Any = {"num_clients": 7, "validation_size": 60, **fields}
+    return federate(numbered(), seed=seed, **given)
+
+
+@pytest.mark.parametrize("how", PARTITIONS)
+def test_splits_are_disjoint_and_whole(how):
+    data = jax.tree.map(np.asarray, dealt(3, partition=how))
     train, validation, test = (
         read(images) for images in (data.train_images, data.validation_images, data.test_images)
     )
@@ -50,12 +66,12 @@ def test_splits_are_disjoint_and_whole(scheme):
         for number in read(data.train_images[row[:count]])
     ]
     assert sorted([*held, *validation]) == list(range(500))
-    beyond = np.arange(data.clients.shape[1]) >= np.asarray(data.counts)[:, None]
-    assert not np.asarray(data.clients)[beyond].any()
+    beyond = np.arange(data.clients.shape[1]) >= data.counts[:, None]
+    assert not data.clients[beyond].any()
 
 
 def test_labels_stay_with_their_images():
-    data = federate(numbered(), num_clients=7, seed=3, validation_size=60)
+    data = dealt(3)
     for images, labels in (
         (data.train_images, data.train_labels),
         (data.validation_images, data.validation_labels),
@@ -64,17 +80,19 @@ def test_labels_stay_with_their_images():
         np.testing.assert_array_equal(read(images) * 7 % 10, labels)
 
 
-def test_the_scheme_sees_the_labels_of_the_training_images():
-    data = federate(numbered(), num_clients=22, scheme="shards", seed=0, validation_size=60)
-    labels = np.asarray(data.train_labels)
-    kinds = [len(set(labels[row[:n]])) for row, n in zip(data.clients, data.counts, strict=True)]
+def test_the_partition_sees_the_labels_of_the_training_images():
+    data = jax.tree.map(np.asarray, dealt(0, num_clients=22, partition="shards"))
+    rows = zip(data.clients, data.counts, strict=True)
+    kinds = [len(set(data.train_labels[row[:count]])) for row, count in rows]
     assert np.mean(kinds) <= 4  # two shards of ten sorted images; IID would be near 9
 
 
 def test_types_and_shapes():
-    data = federate(numbered(), num_clients=7, seed=0, validation_size=60)
+    data = dealt(0)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data))
-    assert {name: (str(leaf.dtype), leaf.shape) for name, leaf in vars(data).items()} == dict(
+    found = {**vars(data), **vars(data.images)}
+    del found["images"]
+    assert {name: (str(leaf.dtype), leaf.shape) for name, leaf in found.items()} == dict(
         train_images=("uint8", (500, 4, 3, 1)),
         train_labels=("int32", (500,)),
         clients=("int32", (7, 63)),
@@ -84,13 +102,48 @@ def test_types_and_shapes():
         test_images=("uint8", (80, 4, 3, 1)),
         test_labels=("int32", (80,)),
     )
+    for name, leaf in vars(data.images).items():
+        assert getattr(data, name) is leaf
+    assert (data.num_clients, data.image_shape) == (7, (4, 3, 1))
+    # A stack of lanes has the same numbers.
+    assert data.replace(counts=data.counts[None]).num_clients == 7  # pyright: ignore
+
+
+def test_a_deal_and_its_fields_say_the_same():
+    """Fields by name, a deal, and one on top of the other; numbers as they were written."""
+    deal = Deal(num_clients=7, partition="dirichlet", dirichlet_alpha=0.3, validation_size=60)
+    by_deal = federate(numbered(), deal, seed=1)
+    wide = Deal(num_clients=9, partition="dirichlet", dirichlet_alpha=0.3)
+    for other in (
+        dealt(1, partition="dirichlet", dirichlet_alpha=0.3),
+        federate(numbered(), wide, seed=1, num_clients=7, validation_size=60),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, by_deal, other)
+    labels = numbered().train_labels
+    held = holdings(labels, deal, 1)
+    np.testing.assert_array_equal(held.clients, by_deal.clients)
+    np.testing.assert_array_equal(held.counts, by_deal.counts)
+    np.testing.assert_array_equal(labels[held.validation], by_deal.validation_labels)
+    # 0.3 in float32 is not 0.3; the shares drawn are those of 0.3.
+    rest = np.setdiff1d(np.arange(500), held.validation)
+    stream = np.random.SeedSequence(1).spawn(2)[1]
+    direct = partition(labels[rest], 7, "dirichlet", stream, dirichlet_alpha=0.3)
+    np.testing.assert_array_equal(held.counts, direct.counts)
+
+
+def test_images_on_the_device_are_shared_by_federations_of_other_seeds():
+    source = numbered()
+    onto = [jnp.asarray(x) for x in (source.train_images, source.train_labels)]
+    placed: Any = Dataset("numbered", *onto, source.test_images, source.test_labels, 10)  # pyright: ignore
+    one, two = (federate(placed, num_clients=7, seed=n, validation_size=60) for n in (0, 1))
+    assert one.train_images is two.train_images is placed.train_images
 
 
 def test_a_traced_client_gathers_its_images():
-    data = federate(numbered(), num_clients=7, seed=0, validation_size=60)
+    data = dealt(0)
 
     @jax.jit
-    def total(data: FederatedData, client):
+    def total(data: Federation, client):
         valid = jnp.arange(data.clients.shape[1]) < data.counts[client]
         return jnp.sum(jnp.where(valid, data.train_labels[data.clients[client]], 0))
 
@@ -99,21 +152,21 @@ def test_a_traced_client_gathers_its_images():
 
 
 def test_seed_decides_everything():
-    def numbers(seed, scheme="iid"):
-        data = federate(numbered(), num_clients=7, scheme=scheme, seed=seed, validation_size=60)
+    def numbers(seed, how="iid"):
+        data = dealt(seed, partition=how)
         return read(data.validation_images).tolist(), np.asarray(data.clients).tolist()
 
     assert numbers(0) == numbers(0)
     assert numbers(0)[0] != numbers(1)[0]
     assert numbers(0)[1] != numbers(1)[1]
-    # The scheme does not disturb the draw of the validation split.
+    # The partition does not disturb the draw of the validation split.
     assert numbers(0)[0] == numbers(0, "lognormal")[0]
 
 
 def test_validation_and_partition_are_separate_streams():
     """With one stream for both, dealing out would repeat the permutation of the carve."""
     source = numbered(train=501)
-    data = federate(source, num_clients=1, scheme="iid", seed=5, validation_size=1)
+    data = federate(source, num_clients=1, partition="iid", seed=5, validation_size=1)
     dealt = np.asarray(data.clients[0])
     rng = np.random.default_rng(5)
     first = rng.permutation(501)
@@ -123,18 +176,29 @@ def test_validation_and_partition_are_separate_streams():
     assert np.mean(dealt == carve) < 0.05
 
 
-@pytest.mark.parametrize("size", [0, -1, 500, 501])
-def test_validation_size_out_of_range(size):
-    with pytest.raises(ValueError, match=f"^validation_size={size}: must be 1 to 499$"):
-        federate(numbered(), num_clients=7, seed=0, validation_size=size)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"validation_size": 0}, "validation_size=0: must be a whole number, at least 1$"),
+        ({"validation_size": -1}, "validation_size=-1: must be"),
+        ({"validation_size": 500}, "validation_size=500: must be 1 to 499$"),
+        ({"validation_size": 501}, "validation_size=501: must be 1 to 499$"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_clients": 0}, "num_clients=0"),
+        ({"num_clients": 441}, "num_clients=441.*440"),
+        ({"partition": "shard"}, "partition='shard'.*did you mean shards"),
+        ({"partition": "dirichlet", "dirichlet_alpha": -1}, "dirichlet_alpha=-1"),
+        ({"partition": "lognormal", "size_sigma": float("nan")}, "size_sigma=nan"),
+        ({"partition": "shards", "shards_per_client": 63}, "shards_per_client=63.*1 to 62"),
+    ],
+)
+def test_refusals(changes, says):
+    with pytest.raises(ValueError, match=f"^{says}") as caught:
+        dealt(**{"seed": 0, **changes})
+    assert "\n" not in str(caught.value)
 
 
-def test_other_refusals():
-    with pytest.raises(ValueError, match=r"^seed=-1"):
-        federate(numbered(), num_clients=7, seed=-1, validation_size=60)
-    with pytest.raises(ValueError, match=r"^num_clients=441.*440"):
-        federate(numbered(), num_clients=441, seed=0, validation_size=60)
-    with pytest.raises(ValueError, match=r"^alpha=-1"):
-        federate(
-            numbered(), num_clients=7, scheme="dirichlet", alpha=-1, seed=0, validation_size=60
-        )
+@pytest.mark.parametrize("unknown", ["scheme", "alpha"])
+def test_a_field_that_no_deal_has(unknown):
+    with pytest.raises(TypeError, match=unknown):
+        dealt(0, **{unknown: 1})

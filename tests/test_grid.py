@@ -1,5 +1,6 @@
 """`grid`: what each spelling of an axis means, what is refused, and the order of combinations."""
 
+import difflib
 import itertools
 import math
 import re
@@ -12,32 +13,48 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from experiments import helppage, options
-from experiments.grid import MOST, Axis, combinations, parse_axis, parse_grid
+from experiments.flags import fields, grid
+from experiments.flags.grid import MOST, Axis, combinations
+from experiments.sweep.options import WHOLE_SWEEP, catalogue, preset_of
+from noisefl.parts import LARGEST
 
-WHOLE_SWEEP = {
-    *("out", "resume", "compilation_cache", "checkpoint_every", "rounds_per_chunk"),
-    *("data_dir", "rounds"),
+KNOWN = catalogue(preset_of("quickstart"))
+FLAGS = {name: flag for name, flag in KNOWN.items() if name not in WHOLE_SWEEP}
+CHOSEN = [name for name, flag in FLAGS.items() if flag.choices]
+OPTIONAL = [name for name, flag in FLAGS.items() if flag.spec.optional]
+TYPES = {
+    **{"switch": bool, "size": int, "count": int, "number": float},
+    **dict.fromkeys(("text", "choice", "child"), str),
 }
-FLAGS = {name: of for name, of in options.defaults().items() if name not in WHOLE_SWEEP}
-CHOSEN = {name: choices for name, choices in helppage._CHOICES.items() if name in FLAGS}
 
-integers = st.integers(-(10**30), 10**30)
+integers = st.integers(-LARGEST, LARGEST)
 floats = st.floats(allow_nan=False, allow_infinity=False).map(lambda value: value + 0.0)
 words = st.text(min_size=1).filter(lambda text: "," not in text and text == text.strip())
 spaces = st.text(" \t\n", max_size=2)
 
 
+def parse_axis(text: str) -> Axis:
+    return grid.parse_axis(text, KNOWN, WHOLE_SWEEP)
+
+
+def parse_grid(texts: list[str]) -> tuple[Axis, ...]:
+    return grid.parse_grid(texts, KNOWN, WHOLE_SWEEP)
+
+
+def type_of(flag: str) -> type:
+    return TYPES[FLAGS[flag].spec.kind]
+
+
 def of_kind(kind: type) -> st.SearchStrategy[str]:
-    names = [name for name, default in FLAGS.items() if type(default) is kind]
-    return st.sampled_from([name for name in names if name not in CHOSEN])
+    return st.sampled_from([name for name in FLAGS if type_of(name) is kind])
 
 
 def values_of(flag: str) -> st.SearchStrategy[Any]:
     if flag in CHOSEN:
-        return st.sampled_from(CHOSEN[flag])
+        return st.sampled_from(FLAGS[flag].choices)
     kinds = {bool: st.booleans(), int: integers, float: floats, str: words}
-    return kinds[type(FLAGS[flag])]
+    values = kinds[type_of(flag)]
+    return st.none() | values if flag in OPTIONAL else values
 
 
 @st.composite
@@ -49,7 +66,7 @@ def any_axis(draw: st.DrawFn) -> Axis:
 @st.composite
 def any_range(draw: st.DrawFn) -> tuple[int, int, int]:
     """Start, stop and step of at most a few values, empty ones among them."""
-    start, count = draw(integers), draw(st.integers(-3, 20))
+    start, count = draw(st.integers(-(10**9), 10**9)), draw(st.integers(-3, 20))
     step = draw(st.integers(-(10**6), 10**6).filter(bool))
     return start, start + count * step + draw(st.integers(-2, 2)), step
 
@@ -72,6 +89,15 @@ def typos(word: str) -> set[str]:
     return (deleted | swapped) - {word, ""}
 
 
+def as_close(said: str, wanted: str, typo: str) -> bool:
+    """The name is the wanted one, or another that `typo` is as close to: gap for cap's "ap"."""
+    near = [difflib.SequenceMatcher(None, typo, name).ratio() for name in (said, wanted)]
+    return said == wanted or (
+        said in {*FLAGS, *(one for flag in FLAGS.values() for one in flag.choices)}
+        and near[0] >= near[1]
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "flag", "values"),
     [
@@ -80,9 +106,13 @@ def typos(word: str) -> set[str]:
         ("seed=0:4", "seed", (0, 1, 2, 3)),
         (" seed = 9:5:-2, 0 : 3,5 ", "seed", (9, 7, 0, 1, 2, 5)),
         ("calibrator=sequential,bisection", "calibrator", ("sequential", "bisection")),
-        ("keep_best=True,f", "keep_best", (True, False)),
-        ("eval_batch=auto,500", "eval_batch", ("auto", "500")),
-        ("clients_at_once=0,0:3", "clients_at_once", ("0", "0:3")),  # the run will refuse 0:3
+        ("scheme.calibrator.cap=0.4,0.5", "cap", (0.4, 0.5)),
+        ("data.num_clients=5:7", "num_clients", (5, 6)),
+        ("owner=keep_best,feeds_back+keep_best", "owner", ("keep_best", "feeds_back+keep_best")),
+        ("stratified=True,f", "stratified", (True, False)),
+        ("eval_batch=auto,500", "eval_batch", (None, 500)),
+        ("momentum=none,0,0.5", "momentum", (None, 0.0, 0.5)),
+        ("clients_at_once=3,0:3", "clients_at_once", (3, 0, 1, 2)),
         ("server_clients=m/2,4m,3", "server_clients", ("m/2", "4m", "3")),
         (
             "noise_layers=last,dense.*/kernel,(?=a)b",
@@ -95,29 +125,29 @@ def typos(word: str) -> set[str]:
 def test_examples(text, flag, values):
     axis = parse_axis(text)
     assert axis == Axis(flag, values)
-    assert {type(value) for value in axis.values} == {type(FLAGS[flag])}
+    assert {type(value) for value in axis.values} - {type(None)} == {type_of(flag)}
 
 
 @given(any_axis(), st.data())
 def test_what_is_written_is_read(axis, data):
     def written(value):
-        return f"{data.draw(spaces)}{value}{data.draw(spaces)}"
+        return f"{data.draw(spaces)}{fields.shown(value)}{data.draw(spaces)}"
 
+    name = data.draw(st.sampled_from([axis.flag, ".".join(FLAGS[axis.flag].path)]))
     listed = ",".join(map(written, axis.values))
-    read = parse_axis(f"{written(axis.flag)}={listed}")
+    read = parse_axis(f"{written(name)}={listed}")
     assert read == axis
     assert [type(value) for value in read.values] == [type(value) for value in axis.values]
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_a_run_reads_its_flag_as_the_grid_does(flag):
-    default = FLAGS[flag]
-    others = {bool: ["T", "0"], int: ["0x1F", "1_0"], float: ["3", "1_0e-1"], str: ["a b"]}
-    for word in [str(default), *CHOSEN.get(flag, others[type(default)])]:
-        values = options.define()
-        values(["run", f"--{flag}={word}"])
+    others = {bool: ["T", "0"], int: ["31", "1_0"], float: ["3", "1_0e-1"], str: ["a b"]}
+    for word in [*(FLAGS[flag].choices or others[type_of(flag)]), *["none"] * (flag in OPTIONAL)]:
         (value,) = parse_axis(f"{flag}={word}").values
-        assert (value, type(value)) == (values[flag].value, type(default))
+        read = FLAGS[flag].parse(word)
+        assert (value, type(value)) == (read, type(read))
+        assert type(value) in (type_of(flag), type(None))
 
 
 @given(of_kind(int), any_range(), st.booleans())
@@ -142,7 +172,7 @@ def test_ranges_and_numbers_mix(flag, ends):
 
 
 @given(of_kind(float), floats, st.integers(0, 5))
-@example("momentum", 0.0, 1)
+@example("cap_margin", 0.0, 1)
 def test_spelling_of_a_float_does_not_matter(flag, value, zeros):
     exact = f"{Decimal(value):f}"
     longer = exact + ("" if "." in exact else ".") + "0" * zeros
@@ -154,8 +184,8 @@ def test_spelling_of_a_float_does_not_matter(flag, value, zeros):
     "text",
     [
         *("cap=0.5,0.50", "cap=.5,5e-1", "strength=0,-0.0", "seed=1,01", "seed=5,0:6", "seed=1,+1"),
-        *("keep_best=true,1", "keep_best=false,true,F", "calibrator=snr,fixed, snr"),
-        *("server_clients=m,m", "seed=3:0:-1,1:2"),
+        *("stratified=true,1", "stratified=false,true,F", "calibrator=snr,fixed, snr"),
+        *("server_clients=m,m", "seed=3:0:-1,1:2", "eval_batch=none,auto", "eval_batch=7,07"),
     ],
 )
 def test_a_value_given_twice_is_refused(text):
@@ -164,7 +194,7 @@ def test_a_value_given_twice_is_refused(text):
 
 
 def test_minus_zero_is_zero():
-    assert math.copysign(1, parse_axis("momentum=-0").values[0]) == 1
+    assert math.copysign(1, parse_axis("cap_margin=-0").values[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -187,12 +217,20 @@ def test_minus_zero_is_zero():
             (f"cap=0.1,{word}", f"{word!r} must be a finite number")
             for word in ("nan", "inf", "-Infinity", "1e999", "0:1", "half", "0x1", "0.1.2")
         ),
-        *((f"keep_best={word}", f"'{word}' must be true or false") for word in ("yes", "2", "0:2")),
+        *((f"stratified={word}", f"'{word}' must be true or false") for word in ("yes", "2")),
+        ("scheme=pair+warmup", "'pair+warmup' pair goes around nothing: name it last"),
+        ("seed=0:3,9999999999", "'9999999999' must be less than 2147483648"),
+        ("seed=9999999998:9999999999", "'9999999998:9999999999' must be less than 2147483648"),
+        ("eval_batch=x", f"'x' must be {grid.RANGE}, or none: the best of the target"),
         ("redraw=once", "'once' must be one of fresh, rescale"),
         ("redraw=Fresh", "'Fresh' must be one of fresh, rescale (did you mean fresh?)"),
-        ("image_shape=8", "'image_shape' is no flag of a run (see --helpshort)"),
-        ("help=1", "'help' is no flag of a run (see --helpshort)"),
+        ("factory=adam", "'factory' is no flag of a run (see --helpshort)"),
+        ("helpfull=1", "'helpfull' is no flag of a run (see --helpshort)"),
         ("--cap=0.5", "'--cap' is no flag of a run (did you mean cap?)"),
+        (
+            "scheme.calibrator.capp=1",
+            "'scheme.calibrator.capp' is no flag of a run (did you mean scheme.calibrator.cap?)",
+        ),
         ("cap\n=0.5\nx", "'0.5\\nx' must be a finite number"),
     ],
 )
@@ -201,22 +239,22 @@ def test_refused(text, said):
 
 
 def test_numbers_too_long_to_convert_are_refused_like_others():
-    nines, large = "9" * 5000, "0x" + "f" * 5000  # int() takes no such decimal, str() gives none
+    nines = "9" * 5000  # int() takes no such text
     assert f"{nines!r} must be a whole number" in refusal(f"seed={nines}")
-    assert f"{large!r} repeats" in refusal(f"seed={large},{large}")
-    assert "more than" in refusal(f"seed=0:{large}")
 
 
 @pytest.mark.parametrize("flag", sorted(WHOLE_SWEEP))
 def test_flags_of_the_whole_sweep_are_refused_with_a_reason(flag):
-    assert flag in options.defaults()
+    assert flag in KNOWN
     assert re.fullmatch(f"--{flag} is one for the whole sweep: .+", refusal(f"{flag}=1"))
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("flag", [name for name in FLAGS if "." not in name])
 def test_a_typo_of_a_flag_is_refused_with_that_flag(flag):
     for typo in typos(flag) - set(FLAGS):
-        assert refusal(f"{typo}=1") == f"{typo!r} is no flag of a run (did you mean {flag}?)"
+        said = refusal(f"{typo}=1")
+        start, end = f"{typo!r} is no flag of a run (did you mean ", "?)"
+        assert as_close(said.removeprefix(start).removesuffix(end), flag, typo)
 
 
 @pytest.mark.parametrize("flag", sorted(WHOLE_SWEEP))
@@ -227,12 +265,12 @@ def test_no_typo_is_answered_with_a_flag_that_is_refused(flag):
 
 @pytest.mark.parametrize("flag", CHOSEN)
 def test_a_typo_of_a_choice_is_refused_with_that_choice(flag):
-    listed = f"must be one of {', '.join(CHOSEN[flag])}"
-    for choice in CHOSEN[flag]:
-        for typo in typos(choice) - set(CHOSEN[flag]):
+    listed = f"must be one of {', '.join(FLAGS[flag].choices)}"
+    for choice in FLAGS[flag].choices:
+        for typo in typos(choice) - set(FLAGS[flag].choices):
             said = refusal(f"{flag}={choice},{typo}")
-            meant = ("ship", "skip") if choice == "ship" else (choice,)  # sip is as close to both
-            assert said in [f"{typo!r} {listed} (did you mean {one}?)" for one in meant]
+            start, end = f"{typo!r} {listed} (did you mean ", "?)"
+            assert as_close(said.removeprefix(start).removesuffix(end), choice, typo)
 
 
 def survives(text: str) -> None:
@@ -244,7 +282,7 @@ def survives(text: str) -> None:
     else:
         assert axis.flag in FLAGS
         assert 0 < len(axis.values) == len(set(axis.values))
-        assert {type(value) for value in axis.values} == {type(FLAGS[axis.flag])}
+        assert {type(value) for value in axis.values} <= {type_of(axis.flag), type(None)}
 
 
 @given(st.text())
@@ -252,7 +290,7 @@ def test_any_text_is_an_axis_or_one_line(text):
     survives(text)
 
 
-@given(st.sampled_from(list(options.defaults())), st.text() | st.text("0123456789:,.-+ex_ infa"))
+@given(st.sampled_from(list(KNOWN)), st.text() | st.text("0123456789:,.-+ex_ infa"))
 def test_any_text_of_values_is_an_axis_or_one_line(flag, listed):
     survives(f"{flag}={listed}")
 
@@ -284,10 +322,10 @@ def test_a_grid_keeps_the_order_of_its_texts():
 
 @given(st.lists(any_axis(), min_size=1, max_size=4, unique_by=lambda axis: axis.flag), st.data())
 def test_a_grid_has_one_axis_a_flag(axes, data):
-    texts = [f"{axis.flag}={','.join(map(str, axis.values))}" for axis in axes]
+    texts = [f"{axis.flag}={','.join(map(fields.shown, axis.values))}" for axis in axes]
     assert parse_grid(texts) == tuple(axes)
     flag = data.draw(st.sampled_from(axes)).flag
-    again = f"{flag}={data.draw(values_of(flag))}"
+    again = f"{flag}={fields.shown(data.draw(values_of(flag)))}"
     said = refusal(again, lambda _: parse_grid([*texts, again]))
     assert said == f"{flag} has an axis already: list all values in one"
 
@@ -323,10 +361,3 @@ def test_the_most_combinations():
         said = refusal(sizes, lambda _, axes=axes: combinations(axes))
         assert said == "has more than 1000000 combinations"
     assert time.perf_counter() - start < 2
-
-
-def test_a_combination_completes_the_flags_of_a_run():
-    axes = parse_grid(["cap=0.4", "clients_at_once=auto,3", "server_clients=m", "seed=7"])
-    for one in combinations(axes):
-        parsed = options.from_flags({**options.defaults(), **one})
-        assert (parsed.cap, parsed.driver.seed, parsed.config.server_clients) == (0.4, 7, 10)

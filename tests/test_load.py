@@ -34,8 +34,13 @@ def test_embedded_file_is_the_original():
         assert words in readme
 
 
-def test_embedded_mnist_loads_whole():
-    data = load("mnist")
+@pytest.fixture(scope="module")
+def mnist():
+    return load("mnist")
+
+
+def test_embedded_mnist_loads_whole(mnist):
+    data = mnist
     assert data.train_images.shape == (60000, 28, 28, 1)
     assert data.test_images.shape == (10000, 28, 28, 1)
     assert data.train_images.dtype == data.test_images.dtype == np.uint8
@@ -52,10 +57,9 @@ def test_embedded_mnist_loads_whole():
     assert pairs(data.test_images, data.test_labels) == stored
 
 
-def test_order_is_pinned():
+def test_order_is_pinned(mnist):
     """A changed hash or sort would silently change the meaning of every published seed."""
-    data = load("mnist")
-    assert data.train_labels[:10].tolist() == [4, 3, 8, 3, 2, 4, 9, 6, 4, 3]
+    assert mnist.train_labels[:10].tolist() == [4, 3, 8, 3, 2, 4, 9, 6, 4, 3]
 
 
 # --- folders and .npz -----------------------------------------------------------------------------

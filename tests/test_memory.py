@@ -1,6 +1,6 @@
 """Memory, by XLA's own plan of the compiled round: bounded by the clients side by side alone.
 
-Nothing is run but the last tests: shapes are enough to compile.
+Nothing is run: shapes are enough to compile.
 """
 
 import functools
@@ -10,25 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from noisefl import (
-    Config,
-    FederatedData,
-    Hyper,
-    check_hyper,
-    keys,
-    make_round,
-    models,
-    simulate,
-)
-from noisefl.config import as_arrays
+import noisefl
+from noisefl import calibrate, keys, measure, models, schemes, simulate
+from noisefl.data import Federation, Images
+from noisefl.experiment import Experiment
+from noisefl.local import Training
 
 KEY = keys.root(0)
+SAMPLES, HELD = 4, 1000  # images a client; to judge and to test on, and each client's own model too
 
 
-def abstract(clients: int, samples: int, held: int, image=(28, 28, 1)) -> FederatedData:
-    """Shapes of a federation of `clients` with `samples` each; `held` images to judge and test."""
+def abstract(clients: int, image: tuple[int, int, int]) -> Federation:
+    """Shapes of a federation."""
 
     def integers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -36,150 +30,83 @@ def abstract(clients: int, samples: int, held: int, image=(28, 28, 1)) -> Federa
     def images(size: int) -> Any:
         return jax.ShapeDtypeStruct((size, *image), jnp.uint8)
 
-    size = clients * samples
-    return FederatedData(
-        *(images(size), integers(size)),
-        *(integers(clients, samples), integers(clients)),
-        *(images(held), integers(held)),
-        *(images(held), integers(held)),
+    size = clients * SAMPLES
+    shared = Images(images(size), integers(size), images(HELD), integers(HELD))
+    table = integers(clients, SAMPLES), integers(clients)
+    return Federation(shared, *table, images(HELD), integers(HELD))
+
+
+@functools.cache
+def plan(model: Any, image: tuple[int, int, int], clients: int, **strategy: Any) -> Any:
+    """XLA's plan of a chunk of rounds of all clients, with all that is measured of them."""
+    experiment = Experiment(
+        model=model,
+        cohort=noisefl.Cohort(clients_per_round=clients),
+        local=Training(batch_size=2),
+        scheme=schemes.Pair(calibrator=calibrate.Unverified()),
+        strategy=noisefl.Strategy(**strategy),
     )
-
-
-def plan(model: nn.Module, config: Config, data: FederatedData) -> Any:
-    """XLA's plan of one round's memory."""
-    round_ = make_round(model, config)
-    state = jax.eval_shape(round_.init, KEY)
-    hyper = as_arrays(Hyper())
-    stats = jax.jit(round_.step).lower(KEY, state, data, hyper).compile().memory_analysis()
+    kept, data = measure.Standard(local_test_size=1000), abstract(clients, image)
+    state = jax.eval_shape(lambda e, d: simulate.begin(KEY, e, d, kept), experiment, data)
+    chunk = jax.jit(simulate.chunk_of_rounds(2, kept), donate_argnums=1)
+    stats = chunk.lower(KEY, state, data, experiment, jnp.int32(2)).compile().memory_analysis()
     if stats is None:
         pytest.skip("this backend has no memory plan")
     return stats
 
 
-def total(stats: Any) -> int:
-    return stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-
-
-def bytes_of(model: nn.Module, image=(28, 28, 1)) -> int:
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image)))
+def bytes_of(model: Any, image: tuple[int, int, int]) -> int:
+    params = jax.eval_shape(lambda: models.functions(model).init(KEY, image))
     return sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def test_a_round_of_a_thousand_clients_does_not_hold_a_thousand_models():
-    """MNIST over 1000 clients, all of them in every round, at the default of clients_at_once."""
-    model = models.McMahanCNN()
-    stats = plan(model, Config(num_clients=1000, client_fraction=1.0), abstract(1000, 60, 10_000))
-    # The plan is of the whole round: 80,000 images, and two models in and two models out.
-    assert stats.argument_size_in_bytes > 80_000 * 28 * 28 + 2 * bytes_of(model)
-    assert stats.output_size_in_bytes >= 2 * bytes_of(model)
-    assert total(stats) < 6e9 < 1000 * bytes_of(model)
-
-
 IMAGE = (8, 8, 1)
-TINY = models.MLP(num_classes=3, hidden=64)  # 8515 parameters: much more than a client's indices
+# 8515 parameters: much more than a client's indices.
+TINY: Any = models.MLP(num_classes=3, hidden=64)
 
 
-@functools.cache
-def temporary(cohort: int, at_once: int, gather: str = "step") -> int:
-    """Bytes that a round of `cohort` clients needs beside its inputs and outputs."""
-    config = Config(
-        image_shape=IMAGE,
-        num_clients=cohort,
-        client_fraction=1.0,
-        clients_at_once=at_once,
-        batch_size=2,
-        local_test_size=4,
-        eval_batch=4,
-        gather=gather,
-    )
-    return plan(TINY, config, abstract(cohort, 4, 8, IMAGE)).temp_size_in_bytes
+def temporary(clients: int, at_once: int, gather: str) -> int:
+    """Bytes that rounds need beside their inputs and outputs."""
+    how: Any = {"clients_at_once": at_once, "gather": gather, "eval_batch": HELD}
+    return plan(TINY, IMAGE, clients, **how).temp_size_in_bytes
 
 
 def test_memory_grows_with_the_clients_side_by_side():
-    """By a trained model for each more."""
-    one, eight, every = (temporary(64, at_once) for at_once in (1, 8, 0))
-    assert eight - one >= (8 - 1) * bytes_of(TINY, IMAGE) / 2  # one alone has room for its sum
-    assert every - eight >= (64 - 8) * bytes_of(TINY, IMAGE)
+    """By a trained model for each more, its gradient and its sum, and by no more images of an
+    evaluation: those side by side share a forward pass of 1,000."""
+    one, eight, every = (temporary(64, at_once, "step") for at_once in (1, 8, 0))
+    model = bytes_of(TINY, IMAGE)
+    assert (8 - 1) * model / 2 <= eight - one < (8 - 1) * 6 * model  # one has room for its sum
+    assert (64 - 8) * model <= every - eight < (64 - 8) * 6 * model
+    assert 6 * model < 1000 * 4 * 64  # what one layer makes of 1,000 images
 
 
-@pytest.mark.parametrize("gather", ["step", "client"])
 @pytest.mark.parametrize("at_once", [1, 8])
-def test_memory_does_not_grow_with_the_cohort(at_once, gather):
-    """But by the few numbers that name a client, its sign, weight, accuracy and place in the draw:
-    far less than its 4 images of 64 pixels, and than its model of 34 kB."""
-    few, many = (temporary(cohort, at_once, gather) for cohort in (64, 256))
-    assert many - few < (256 - 64) * 4 * 64
-    assert bytes_of(TINY, IMAGE) / 100 > 4 * 64
+def test_memory_does_not_grow_with_the_cohort(at_once):
+    """But by the few numbers that name a client, its group, weight, accuracy and place in the draw:
+    far less than its 4 images of 64 pixels, its model of 34 kB, and what its model makes of 1,000
+    images."""
+    few, many = (temporary(clients, at_once, "step") for clients in (64, 1000))
+    assert many - few < (1000 - 64) * SAMPLES * 64
+    assert bytes_of(TINY, IMAGE) / 100 > SAMPLES * 64
 
 
-# Donated state
-
-CONFIG = Config(
-    image_shape=(6, 6, 1),
-    num_clients=6,
-    client_fraction=1.0,
-    batch_size=4,
-    noise_scale="relative",
-    local_test_size=20,
-    eval_batch=8,
-)
-HYPER = check_hyper(Hyper(learning_rate=0.5, cap=0.5, strength_step=0.5, max_tries=3), CONFIG)
+def test_images_fetched_at_once_are_those_of_the_clients_side_by_side():
+    fetched, each = temporary(1000, 8, "client"), temporary(1000, 8, "step")
+    assert fetched - each < 2 * 8 * (SAMPLES * 64 + bytes_of(TINY, IMAGE))
 
 
-@pytest.fixture(scope="module")
-def simulations(tiny_model):
-    """Chunks of 2 rounds, and of 5."""
-    round_ = make_round(tiny_model, CONFIG)
-    return round_, *(simulate.make_simulation(round_, tiny_model, CONFIG, r) for r in (2, 5))
-
-
-def deleted(state) -> list[bool]:
-    return [leaf.is_deleted() for leaf in jax.tree.leaves(state)]
-
-
-def test_the_state_that_went_in_is_gone(simulations, tiny_data):
-    """All of it, also that of a chunk which has nothing to do; key, data and hyper stay."""
-    round_, pair, _ = simulations
-    state, hyper = jax.jit(round_.init)(KEY), as_arrays(HYPER)
-    for last in (2, 2):
-        new, _ = pair(KEY, state, tiny_data, hyper, jnp.int32(last))
-        assert all(deleted(state))
-        assert not any(deleted((new, KEY, tiny_data, hyper)))
-        state = new
-    assert int(state.round) == 2
-
-
-def test_chunks_never_read_a_state_that_is_gone(simulations, tiny_data):
-    """Each state is gone as soon as the generator goes on, and the last one stays."""
-    round_, pair, _ = simulations
-    state = jax.jit(round_.init)(KEY)
-    before, states, rows = state, [], []
-    for now, some in simulate.chunks(pair, KEY, state, tiny_data, HYPER, 5):
-        assert all(deleted(before))
-        assert not any(deleted(now))
-        before = now
-        states.append(now)
-        rows += some
-    assert [int(row["round"]) for row in rows] == [1, 2, 3, 4, 5]
-    assert len(states) == 3
-    assert not any(deleted(states[-1]))
-    assert all(flag for old in states[:-1] for flag in deleted(old))
-
-
-def test_chunks_are_one_long_chunk(simulations, tiny_data):
-    """Two compiled programs: 5 rounds of 3 steps, each a sum of at most 36 terms that another
-    program may order otherwise, which is worth 5 · 3 · 36 · 2⁻²⁴ of the largest parameter."""
-    round_, pair, five = simulations
-    ends, all_rows = [], []
-    for simulation in (pair, five):
-        state, rows = jax.jit(round_.init)(KEY), []
-        for now, some in simulate.chunks(simulation, KEY, state, tiny_data, HYPER, 5):
-            state, rows = now, rows + some
-        ends.append(jax.tree.map(np.asarray, state))
-        all_rows.append(rows)
-    assert max(row["strength"] for row in all_rows[0]) > 0
-    for ours, theirs in zip(*map(jax.tree.leaves, ends), strict=True):
-        room = 5 * 3 * 36 * 2.0**-24 * max(1.0, float(np.max(np.abs(theirs.astype(float)))))
-        np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=0, atol=room)
-    for ours, theirs in zip(*all_rows, strict=True):
-        assert ours == pytest.approx(theirs, rel=5 * 3 * 36 * 2.0**-24, nan_ok=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_thousand_clients_at_a_targets_default_do_not_hold_a_thousand_models(target):
+    """The CNN of McMahan et al. 2017; evaluations are of 1,000 images for each client."""
+    model: Any = models.McMahanCNN()
+    image = 28, 28, 1
+    stats = plan(model, image, 1000, target=target)
+    # The plan is of the whole round: all images, and two models in and two models out.
+    assert stats.argument_size_in_bytes > (1000 * SAMPLES + 2 * HELD) * 28 * 28
+    assert stats.argument_size_in_bytes > 2 * bytes_of(model, image)
+    assert stats.output_size_in_bytes >= 2 * bytes_of(model, image)
+    whole = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    room = {"cpu": 1 / 6, "gpu": 1}[target]  # one client after another; 100 side by side
+    assert whole < room * 1000 * bytes_of(model, image)

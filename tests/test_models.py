@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from noisefl import models
-from noisefl.models import MODELS, Conv, Layer, layer_order, max_pool
+from noisefl.models import MODELS, Conv, Dense, Layer, layer_order, max_pool
 
 MNIST = (28, 28, 1)
 SMALL = (12, 12, 1)  # the smallest on which LeNet-5 still has something to convolve
@@ -43,43 +43,36 @@ def test_published_number_of_parameters(name, layer, parameters):
     assert size(models.by_name(name, 10), layer) == parameters
 
 
-def random_like(key, params, scale=1.0):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+def run(function, *inputs) -> Any:
+    return jax.tree.map(np.asarray, jax.jit(function)(*inputs))
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize(("size", "channels"), [(1, 2), (2, 3), (3, 1), (4, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("size", "channels", "padding"),
+    [(2, 3, "SAME"), (3, 1, "VALID"), (5, 3, "SAME")],
+)
 def test_conv_is_flax_conv(size, channels, padding):
-    ours = Conv(3, size, padding)
-    theirs = nn.Conv(3, (size, size), padding=padding, precision="highest")
-    images = jax.random.normal(jax.random.key(1), (2, 7, 6, channels))
-    params = theirs.init(jax.random.key(0), images)
-    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), images)) == jax.tree.map(
-        jnp.shape, params
-    )
-    stacked = jax.vmap(lambda key: random_like(key, params))(jax.random.split(jax.random.key(2), 3))
+    """Names, shapes and initial values of its parameters too; gradients and vmap are compared with
+    NumPy in test_lowering.py."""
+    ours: Any = Conv(3, size, padding)
+    theirs: Any = nn.Conv(3, (size, size), padding=padding, precision="highest")
+    images = np.random.default_rng(1).normal(size=(2, 7, 6, channels)).astype(np.float32)
 
-    def value_and_gradients(module):
-        def loss(params, images):
-            out = module.apply(params, images)
-            weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-            return jnp.sum(out * weights), out
+    def both(key):
+        made = [layer.init(key, images) for layer in (ours, theirs)]
+        params = jax.tree.map(lambda leaf: leaf + 0.1, made[0])  # biases begin at 0
+        return made, [layer.apply(params, images) for layer in (ours, theirs)]
 
-        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        single = gradient(jax.tree.map(lambda leaf: leaf[0], stacked), images)
-        return single, jax.vmap(gradient, (0, None))(stacked, images)
+    made, outs = run(both, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, *made)
+    np.testing.assert_allclose(*outs, rtol=2e-5, atol=2e-5)
 
-    (one, many), (one_flax, many_flax) = (
-        jax.jit(lambda module=module: value_and_gradients(module))() for module in (ours, theirs)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), one, one_flax)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), many, many_flax
-    )
+
+def test_dense_is_flax_dense():
+    images = np.ones((2, 7), np.float32)
+    both = [layer.init for layer in (Dense(3), nn.Dense(3))]
+    made = run(lambda key: [init(key, images) for init in both], jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 4, 6, 3), (2, 5, 7, 2), (3, 3, 2, 1)])
@@ -88,60 +81,51 @@ def test_max_pool_is_flax_max_pool(shape):
         return nn.max_pool(x, (2, 2), strides=(2, 2))
 
     # A permutation: no ties, where the gradient of a maximum is a matter of taste.
-    x = jax.random.permutation(jax.random.key(0), jnp.arange(np.prod(shape)) - 5.0).reshape(shape)
-    np.testing.assert_array_equal(max_pool(x), theirs(x))
+    x = np.random.default_rng(0).permutation(np.prod(shape)).astype(np.float32).reshape(shape) - 5
 
-    def weighted(pool):
-        return lambda x: jnp.sum(pool(x) * jnp.arange(1.0, pool(x).size + 1).reshape(pool(x).shape))
+    def both(x):
+        outs, pullbacks = zip(*(jax.vjp(pool, x) for pool in (max_pool, theirs)), strict=True)
+        g = jnp.arange(1.0, outs[0].size + 1).reshape(outs[0].shape)
+        return outs, [pullback(g) for pullback in pullbacks]
 
-    np.testing.assert_array_equal(jax.grad(weighted(max_pool))(x), jax.grad(weighted(theirs))(x))
+    for ours, flax in run(both, x):
+        jax.tree.map(np.testing.assert_array_equal, ours, flax)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_contract(name):
     """What every model of the registry keeps; a new one is under it by being registered."""
     model: Any = models.by_name(name, 7)
-    images = jax.random.uniform(jax.random.key(0), (5, *SMALL))
-    stacked = jax.jit(jax.vmap(lambda key: model.init(key, images)["params"]))(
-        jax.random.split(jax.random.key(1), 3)
-    )
-    first, *others = (jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3))
-    traces = []
+    images = np.random.default_rng(0).uniform(size=(5, *SMALL)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1))[np.array([0, 0, 1])]
 
-    @jax.jit
     def logits(params, images):
-        traces.append(None)
         return model.apply({"params": params}, images)
 
-    out = logits(first, images)
-    assert (out.shape, out.dtype) == ((5, 7), jnp.float32)
-    assert np.all(np.isfinite(out))
-    assert not np.allclose(out[0], out[1], rtol=1e-3)  # it looks at the image
-    np.testing.assert_allclose(out, model.apply({"params": first}, images), rtol=1e-4, atol=1e-5)
-
-    singles = [out, *(logits(params, images) for params in others)]
-    assert len(traces) == 1
-    mapped = jax.vmap(logits, (0, None))(stacked, images)
-    np.testing.assert_allclose(mapped, singles, rtol=1e-4, atol=1e-5)
-
-    # An image's logits do not depend on the others of its batch.
-    np.testing.assert_allclose(logits(first, images[::-1])[::-1], out, rtol=1e-4, atol=1e-5)
-
     def loss(params):
-        return -jnp.mean(jax.nn.log_softmax(model.apply({"params": params}, images))[:, 2])
+        return -jnp.mean(jax.nn.log_softmax(logits(params, images))[:, 2])
 
-    for path, gradient in flatten_dict(jax.jit(jax.grad(loss))(first)).items():
-        assert np.all(np.isfinite(gradient)), path
-        assert np.any(gradient != 0), path
+    def all_of_it(keys):
+        params = jax.vmap(lambda key: model.init(key, images)["params"])(keys)
+        inputs = params, jnp.stack([images, images[::-1], images])
+        singles = jax.lax.map(lambda x: logits(*x), inputs)
+        gradient = jax.grad(loss)(jax.tree.map(lambda leaf: leaf[0], params))
+        return params, singles, jax.vmap(logits)(*inputs), gradient
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_same_key_same_parameters(name):
-    model, images = models.by_name(name, 3), jnp.zeros((1, *SMALL))
-    init = jax.jit(model.init)
-    first, again, other = (init(jax.random.key(seed), images) for seed in (0, 0, 1))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), first, again))
-    assert not jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), first, other))
+    params, singles, mapped, gradient = run(all_of_it, keys)
+    assert (singles.shape, singles.dtype) == ((3, 5, 7), jnp.float32)
+    assert np.all(np.isfinite(singles))
+    assert not np.allclose(singles[0, 0], singles[0, 1], rtol=1e-3)  # it looks at the image
+    np.testing.assert_allclose(mapped, singles, rtol=1e-4, atol=1e-5)
+    # An image's logits do not depend on the others of its batch.
+    np.testing.assert_allclose(singles[1, ::-1], singles[0], rtol=1e-4, atol=1e-5)
+    # The same key, the same parameters; another key, others.
+    for path, leaf in flatten_dict(params).items():
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+        assert path[-1] == "bias" or np.any(leaf[0] != leaf[2]), path
+    for path, leaf in flatten_dict(gradient).items():
+        assert np.all(np.isfinite(leaf)), path
+        assert np.any(leaf != 0), path
 
 
 @pytest.mark.parametrize(
@@ -195,3 +179,64 @@ def test_an_unknown_name():
         models.by_name("mcmahn", 10)
     with pytest.raises(ValueError, match=r"one of lenet5, mcmahan, mlp, two_conv$"):
         models.by_name("", 10)
+
+
+# `functions`: a model as pure functions
+
+
+def test_functions_of_a_module():
+    model: Any = models.by_name("mlp", 3)
+    made = models.functions(model)
+    assert made.module is model
+    assert made.layers(SMALL) == layer_order(model, SMALL)
+    images = np.random.default_rng(0).uniform(size=(2, *SMALL)).astype(np.float32)
+
+    def all_of_it(key):
+        params = model.init(key, images)
+        return params["params"], made.init(key, SMALL), model.apply(params, images)
+
+    params, ours, logits = run(all_of_it, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
+    np.testing.assert_allclose(run(made.apply, params, images), logits, rtol=1e-5, atol=1e-6)
+
+
+def init(key, images):
+    kernels = jax.random.split(key, 3)
+    return {
+        "stem": {"kernel": jax.random.normal(kernels[0], (3, 3, images.shape[-1], 2))},
+        "body": {"inner": {"kernel": jnp.zeros((5, 4)), "bias": jnp.zeros(4)}},
+        "scale": jnp.float32(2),
+        "head": {"kernel": jax.random.normal(kernels[1], images.shape[1:3]), "bias": jnp.zeros(2)},
+    }
+
+
+def apply(params, images):
+    return params["scale"] * jnp.einsum("bhwc,ho->bo", images, params["head"]["kernel"])
+
+
+def test_functions_of_a_pair():
+    """Its layers are the parameters that end in "kernel", in JAX's order; one of more than two axes
+    is a convolution."""
+    made = models.functions((init, apply))
+    assert made.module is None
+    assert made.apply is apply
+
+    def both(key):
+        return made.init(key, (4, 6, 1)), init(key, jnp.zeros((1, 4, 6, 1)))
+
+    jax.tree.map(np.testing.assert_array_equal, *run(both, jax.random.key(0)))
+    assert made.layers((4, 6, 1)) == (
+        Layer(("body", "inner"), False),
+        Layer(("head",), False),
+        Layer(("stem",), True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("lenet5", "str"), ((init,), "tuple"), ((init, apply, init), "tuple"), ((init, 3), "tuple"),
+     ([init, apply], "list"), (MODELS["mlp"], "type"), (None, "NoneType")],
+)  # fmt: skip
+def test_what_is_no_model(model, said):
+    with pytest.raises(ValueError, match=rf"^model='{said}': must be a Flax .* \(init, apply\)$"):
+        models.functions(model)

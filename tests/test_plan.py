@@ -4,69 +4,89 @@ import json
 import re
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import helppage, options
-from experiments.grid import WHOLE_SWEEP, parse_grid
-from experiments.plan import Run, batch_name, batches, groups, plan
-from noisefl import Config
-from noisefl.config import CHOICES, NEVER
+from experiments.flags.fields import is_wrapper, shown
+from experiments.sweep import options
+from experiments.sweep.options import WHOLE_SWEEP, catalogue, preset_of
+from experiments.sweep.plan import PROTECTION, Run, batch_name, batches, groups, plan
+from noisefl import presets, schemes
 
-GIVEN = {**options.defaults(), "out": "here"}
-
-
-def runs_of(*grid: str, baseline: bool = True, **changes: Any) -> list[Run]:
-    return plan({**GIVEN, **changes}, parse_grid(grid), baseline)
+KNOWN = catalogue(preset_of("literal"))
 
 
-def noise(*grid: str, **changes: Any) -> list[Run]:
-    return runs_of(*grid, baseline=False, **changes)
+def runs_of(*args: str) -> list[Run]:
+    """Of the literal reading; `cap=0.4,0.5` is an axis, the rest are flags."""
+    grid = [f"--grid={arg}" if arg[:2] != "--" else arg for arg in args]
+    command = options.parse(["run", "--flagfile=literal", *grid])
+    assert command is not None
+    return plan(command)
+
+
+def noise(*args: str) -> list[Run]:
+    return runs_of("--nobaseline", *args)
+
+
+def only(**changes: Any) -> Run:
+    seed = changes.pop("seed", 0)
+    given = [f"--{name}={shown(value)}" for name, value in changes.items()]
+    (run,) = noise(f"seed={seed}", *given)
+    return run
 
 
 def digest(run: Run) -> str:
     """Of its path, which says nothing else but the seed."""
     match = re.fullmatch(r"runs/([0-9a-f]{12})/seed=(\d+)", run.path)
     assert match is not None
-    assert int(match[2]) == run.flags["seed"]
+    assert int(match[2]) == run.flags["seed"] == run.seed
     return match[1]
 
 
-def only(**changes: Any) -> Run:
-    (run,) = noise(**changes)
-    return run
+def warmup(run: Run) -> int:
+    """Its rounds."""
+    assert isinstance(run.experiment.scheme, schemes.Warmup)
+    return int(run.experiment.scheme.warmup_rounds)
 
 
-# Values that are allowed beside the defaults, each another result.
-OTHERS: dict[str, Any] = {
-    "strength": 0.5,
-    "strength_factor": 2.0,
-    "momentum": 0.5,
-    "clip_norm": 2.0,
-    "learning_rate_decay": 0.5,
-    "dataset": "fashion_mnist",
-    "model": "mlp",
-    "noise_layers": "last",
-    "server_clients": "3",
-    "clients_at_once": "3",
-    "eval_batch": "7",
-    "redraw": "rescale",
-    "keep_best": True,
-    "cap_margin": 0.25,
-    "partition": "shards",
-}
-RESULTS = sorted(
-    set(GIVEN) - {"seed", "out", "resume", "rounds_per_chunk", "checkpoint_every"}
-    - {"compilation_cache", "data_dir"}
-)  # fmt: skip
+# What the literal reading's run has, without what is the same for all runs of a sweep.
+RESULTS = sorted(set(only().flags) & set(KNOWN) - set(WHOLE_SWEEP) - {"seed"})
+SHARED = [name for name in RESULTS if KNOWN[name].path[0] in PROTECTION]
 
 
-def other(name: str) -> Any:
-    if name in OTHERS:
-        return OTHERS[name]
-    if name in helppage._CHOICES:
-        choices = [value for value in helppage._CHOICES[name] if value != GIVEN[name]]
-        return choices[0]
-    return GIVEN[name] + 1 if isinstance(GIVEN[name], int) else GIVEN[name] / 2
+def other(name: str) -> str:
+    """An allowed value that is not the literal reading's."""
+    flag, now = KNOWN[name], only().flags[name]
+    special = {"dataset": "fashion_mnist", "noise_layers": "last", "server_clients": "3"}
+    if name in special:
+        return special[name]
+    if flag.kinds:
+        plain = [n for n, cls in flag.classes.items() if not is_wrapper(cls)]
+        wraps = [n for n, cls in flag.classes.items() if is_wrapper(cls)]
+        return next(n for n in [*plain, *wraps] if n not in str(now).split("+"))
+    if flag.spec.choices:
+        return next(one for one in flag.spec.choices if one not in (now, "preset"))
+    return "7" if flag.whole else "0.125"
+
+
+# A single run
+
+
+def test_a_single_run_is_fedavg_and_noise():
+    command = options.parse(["run", "--cap=0.5"])
+    assert command is not None
+    fedavg, protected = plan(command)
+    assert [run.path for run in (fedavg, protected)] == ["fedavg", "noise"]
+    assert [run.kind for run in (fedavg, protected)] == ["fedavg", "noise"]
+    assert (fedavg.cap, protected.cap) == (None, 0.5)
+    assert (fedavg.baseline, protected.baseline) == (None, "fedavg")
+    assert protected.entry == {
+        **{"run": "noise", "seed": 0, "cap": 0.5, "grid": {}, "baseline": "fedavg"}
+    }
+    (group,) = groups([fedavg, protected])
+    assert group.runs == (fedavg, protected)  # two lanes of one program
+    assert [run.path for run in plan(options.parse(["run", "--nobaseline"]))] == ["noise"]  # pyright: ignore
 
 
 # Folders
@@ -74,22 +94,16 @@ def other(name: str) -> Any:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_what_a_result_depends_on_is_in_the_digest(name):
-    strong = {"strength": 0.25}  # which some calibrators need
-    assert digest(only(**{**strong, name: other(name)})) != digest(only(**strong))
+    assert digest(only(**{name: other(name)})) != digest(only())
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"seed": 5},
-        {"out": "there"},
-        {"data_dir": "/elsewhere"},
-        {"rounds_per_chunk": 7},
-        {"checkpoint_every": 1},
-        {"compilation_cache": "off"},
-        {"resume": True},
-        {"server_clients": "5"},  # m/2 of m = 10
-        {"eval_batch": "auto"},
+        *({"seed": 5}, {"out": "there"}, {"data_dir": "/elsewhere"}, {"rounds_per_chunk": 7}),
+        *({"checkpoint_every": 1}, {"compilation_cache": "off"}, {"lanes_at_once": 3}),
+        *({"client_devices": 2}, {"eval_batch": "auto"}, {"calibrator": "additive"}),
+        *({"cap": 0.6}, {"model": "lenet5"}, {"scheme": "warmup+pair"}, {"dry_run": True}),
     ],
 )
 def test_what_no_result_depends_on_is_not(changes):
@@ -101,13 +115,13 @@ def test_the_same_configuration_has_one_folder_however_it_is_given():
     """In the grid or outside, axes in either order, another spelling, among other values."""
     wanted = [only(cap=cap, learning_rate=0.5).path for cap in (0.4, 0.5)]
     assert len(set(wanted)) == 2
-    turned = {name: GIVEN[name] for name in reversed(GIVEN)}
     for runs in (
-        noise("cap=0.4,0.5", learning_rate=0.5),
-        noise("cap=.4,5e-1", "learning_rate=0.50"),
+        noise("cap=0.4,0.5", "--learning_rate=0.5"),
+        noise("scheme.calibrator.cap=.4,5e-1", "local.optimizer.learning_rate=0.50"),
         noise("learning_rate=0.5,0.1", "cap=0.4,0.5")[:2],
-        plan({**turned, "learning_rate": 0.5}, parse_grid(["cap=0.4,0.5"]), False),
-    ):
+        noise("--learning_rate=0.5", "--nostratified", "calibrator=additive,predictive",
+              "cap=0.4,0.5")[:2],
+    ):  # fmt: skip
         assert [run.path for run in runs] == wanted
 
 
@@ -123,67 +137,72 @@ def test_the_last_axis_varies_fastest_and_every_run_knows_its_place():
         {"cap": cap, "seed": seed} for cap in (0.4, 0.5) for seed in (0, 1)
     ]
     for run in runs:
-        assert run.kind == "noise"
-        assert run.baseline is None
-        assert run.options.hyper.cap == pytest.approx(run.grid["cap"])
-        assert run.options.driver.seed == run.options.federation["seed"] == run.grid["seed"]
-        assert json.loads(json.dumps(run.flags)) == run.flags
-        assert set(run.flags) == set(options.defaults())
+        assert (run.kind, run.baseline) == ("noise", None)
+        assert run.cap == run.grid["cap"]
+        assert run.experiment.scheme.cap == np.float32(run.grid["cap"])
+        assert run.setup.driver.seed == run.seed == run.grid["seed"]
+        assert json.loads(json.dumps([run.flags, run.entry])) == [run.flags, run.entry]
 
 
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        ("server_clients=m/2,5,2", "grid='server_clients=5, seed=0': is the same run as "),
-        (
-            "eval_batch=7,07",
-            "grid='eval_batch=07, seed=0': is the same run as eval_batch=7, seed=0",
-        ),
+        ("owner=keep_best,keep_best+server_clients", "owner=keep_best, seed=0"),
+        ("scheme=warmup,pair", "scheme=warmup, seed=0"),
     ],
 )
 def test_two_spellings_of_one_run_are_refused(axis, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    second = axis.split(",")[1]
+    name = axis.split("=")[0]
+    wanted = f"grid='{name}={second}, seed=0': is the same run as {message}: leave one out"
+    with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
         noise(axis, "seed=0:2")
+
+
+def test_an_axis_that_a_run_does_not_have_makes_no_runs():
+    runs = runs_of("calibrator=additive,geometric", "strength_factor=1.5,2", "seed=0:2")
+    assert [run.grid for run in runs if run.kind == "noise"] == [
+        *({"calibrator": "additive", "seed": seed} for seed in (0, 1)),
+        *({"calibrator": "geometric", "strength_factor": factor, "seed": seed}
+          for factor in (1.5, 2.0) for seed in (0, 1)),
+    ]  # fmt: skip
+    assert sum(run.kind == "fedavg" for run in runs) == 2
 
 
 # FedAvg
 
-NOISE = sorted({*helppage.GROUPS["Noise"], *helppage.GROUPS["Calibration"]})
-SERVER = sorted(helppage.GROUPS["Server"])
-SHARED = [*NOISE, *SERVER]
+
+def noise_of(*args: str) -> Run:
+    (run,) = (run for run in runs_of("seed=0", *args) if run.kind == "noise")
+    return run
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_runs_that_differ_in_the_noise_alone_share_fedavg(name):
-    (one,) = noise_of(strength=0.25)
-    (two,) = noise_of(**{"strength": 0.25, name: other(name)})
+def test_runs_that_differ_in_the_protection_alone_share_fedavg(name):
+    one, two = noise_of(), noise_of(f"--{name}={other(name)}")
     assert one.path != two.path
     assert one.baseline == two.baseline
 
 
-def noise_of(*grid: str, **changes: Any) -> list[Run]:
-    return [run for run in runs_of(*grid, **changes) if run.kind == "noise"]
-
-
 @pytest.mark.parametrize("name", [name for name in RESULTS if name not in SHARED] + ["seed"])
 def test_runs_that_differ_elsewhere_do_not(name):
-    (one,), (two,) = noise_of(), noise_of(**{name: 1 if name == "seed" else other(name)})
+    one = noise_of()
+    two = runs_of("seed=1")[1] if name == "seed" else noise_of(f"--{name}={other(name)}")
     assert one.baseline != two.baseline
 
 
-def test_the_groups_of_flags_are_what_they_were():
-    """A flag that moves to one of them would be taken for one that FedAvg does not depend on."""
-    training = {field for field in vars(Config()) if field not in SHARED} - {"clipping"}
-    assert training == {
-        *("image_shape", "num_clients", "client_fraction", "group_sizes", "local_epochs"),
-        *("batch_size", "batch_order", "momentum", "clients_at_once", "gather"),
-        *("local_test_size", "eval_batch"),
+def test_what_fedavg_depends_on_is_all_but_the_protection():
+    assert {"cap", "calibrator", "scheme", "owner", "noise_layers", "accuracy_on"} <= set(SHARED)
+    rest = {name for name in RESULTS if name not in SHARED}
+    assert {"learning_rate", "partition", "model", "conv", "local_test_size", "groups"} <= rest
+    assert {"average", "server", "server_learning_rate", "seed"} <= {
+        *rest,
+        *runs_of("seed=0")[0].flags,
     }
-    assert not set(SHARED) & set(WHOLE_SWEEP)
 
 
 def test_fedavg_runs_once_and_before_those_that_need_it():
-    runs = runs_of("cap=0.4,0.5", "calibrator=additive,fixed", "momentum=0,0.5", "seed=0:2")
+    runs = runs_of("cap=0.4,0.5", "calibrator=additive,bisection", "momentum=none,0.5", "seed=0:2")
     assert len(runs) == 16 + 4
     fedavg = {run.path: place for place, run in enumerate(runs) if run.kind == "fedavg"}
     assert len(fedavg) == 4
@@ -192,17 +211,17 @@ def test_fedavg_runs_once_and_before_those_that_need_it():
             assert run.baseline is not None
             assert fedavg[run.baseline] < place
             paired = runs[fedavg[run.baseline]]
-            same = ("seed", "momentum", "learning_rate", "partition", "validation_size")
+            same = ("seed", "momentum", "learning_rate", "partition", "validation_size", "model")
             assert [paired.flags[n] for n in same] == [run.flags[n] for n in same]
             assert paired.grid == {n: run.grid[n] for n in ("momentum", "seed")}
-            assert (paired.baseline, paired.hyper.warmup_rounds) == (None, NEVER)
+            assert paired.baseline is None
+            assert warmup(paired) == schemes.NEVER
             assert not set(paired.flags) & set(SHARED)
-            assert run.hyper.warmup_rounds == 1
+            assert warmup(run) == 1
 
 
 def test_fedavg_and_noise_are_never_one_folder():
-    runs = runs_of("cap=0.4,0.5")
-    assert len({digest(run) for run in runs}) == 3
+    assert len({digest(run) for run in runs_of("cap=0.4,0.5")}) == 3
 
 
 # Groups and batches
@@ -213,8 +232,8 @@ def test_fedavg_and_noise_are_never_one_folder():
     [
         *("cap=0.4,0.5", "learning_rate=0.1,1", "seed=0:3", "partition=iid,shards,lognormal"),
         *("dirichlet_alpha=0.1,1", "strength=0.1,0.2", "max_tries=1,9", "warmup_rounds=0,5"),
-        *("size_sigma=1,2", "momentum=0.5,0.9", "clip_norm=1,2", "error_rate=0.1,0.2"),
-        "learning_rate_decay=0.5,1",
+        *("size_sigma=1,2", "momentum=0.5,0.9", "clip_norm=1,2", "learning_rate_decay=0.5,1"),
+        "server_learning_rate=0.5,1",
     ],
 )
 def test_numbers_seeds_and_partitions_share_a_program(axis):
@@ -226,25 +245,24 @@ def test_numbers_seeds_and_partitions_share_a_program(axis):
 @pytest.mark.parametrize(
     "axis",
     [
-        *("calibrator=additive,fixed", "momentum=0,0.5", "clip_norm=0,1", "num_clients=50,100"),
-        *("client_fraction=0.1,0.2", "batch_size=5,10", "local_epochs=1,2", "model=mlp,lenet5"),
-        *("noise_layers=first,last", "noise_scale=absolute,relative", "server_clients=0,1"),
-        *("validation_size=100,200", "dataset=mnist,fashion_mnist", "eval_batch=auto,7"),
-        *(f"conv={','.join(helppage._CHOICES['conv'][:2])}", "cancellation=pair,subtract"),
-        f"warmup={','.join(CHOICES['warmup'])}",
+        *("calibrator=additive,fixed", "momentum=none,0.5", "clip_norm=none,1", "owner=keep_best"),
+        *("num_clients=50,100", "clients_per_round=10,20", "batch_size=5,10", "local_epochs=1,2"),
+        *("model=mlp,lenet5", "noise_layers=first,last", "noise_scale=absolute,relative"),
+        *("server_clients=0,1", "validation_size=100,200", "dataset=mnist,fashion_mnist"),
+        *("eval_batch=auto,7", "conv=auto,lax", "cancellation=pair,subtract"),
+        *("noise_distribution=gaussian,laplace", "scheme=until_cap+warmup", "local_test_size=5,6"),
     ],
 )
 def test_static_options_each_have_a_program(axis):
-    runs = noise(axis, "seed=0:2")
+    if "," not in axis:  # against what the preset has
+        runs = noise("seed=0:2") + noise(axis, "seed=0:2")
+    else:
+        runs = noise(axis, "seed=0:2")
     found = groups(runs)
     assert [group.runs for group in found] == [tuple(runs[:2]), tuple(runs[2:])]
     for group in found:
-        for run in group.runs:
-            assert (run.options.config, run.options.lowering) == (group.config, group.lowering)
-            assert (run.options.driver.model, run.options.driver.dataset) == (
-                group.model,
-                group.dataset,
-            )
+        assert len({jax.tree.structure(run.experiment) for run in group.runs}) == 1
+        assert len({run.setup.driver.dataset for run in group.runs}) == 1
 
 
 def test_groups_are_called_by_what_tells_them_apart():
@@ -255,6 +273,9 @@ def test_groups_are_called_by_what_tells_them_apart():
         for calibrator in ("additive", "fixed")
     ]
     assert [group.title for group in groups(runs_of("seed=0:3"))] == ["lenet5, mnist, additive"]
+    assert [group.title for group in groups(runs_of("seed=0:3", "--scheme=bare"))] == [
+        "lenet5, mnist, warmup+bare"
+    ]
 
 
 def test_every_run_is_in_one_group_and_one_batch():
@@ -274,24 +295,39 @@ def test_a_batch_is_named_by_its_runs_in_their_order():
     assert all(re.fullmatch("[0-9a-f]{12}", name) for name in names)
 
 
+def test_runs_that_differ_in_the_seed_alone_share_their_experiment():
+    runs = runs_of("cap=0.4,0.5", "seed=0:1000")
+    assert len(runs) == 3000
+    assert len({id(run.setup.experiment) for run in runs}) == 2  # so that ten thousand fit
+    assert len(groups(runs)) == 1
+
+
 # Refusals
 
 
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ("cap=0.5,2", "cap=2.0: must be in (0, 1)"),
-        ("seed=0,-1", "seed=-1: must be 0 to 2147483647"),
-        ("client_fraction=0.1,0.01", "client_fraction=0.01: samples 1 of num_clients=100"),
-        ("max_tries=1,100000000000000000000", "max_tries"),
-        ("seed=0,99999999999", "seed=99999999999"),
-        ("server_clients=2k", "server_clients='2k'"),
-        ("server_clients=1,99999999999m", "server_clients=999999999990: must be less than 2147"),
-        ("num_clients=60,99999999999999999999", "num_clients=99999999999999999999: must be less"),
-        ("eval_batch=1,9999999999", "eval_batch=9999999999: must be less than 2147483648"),
+        ("cap=0.5,2", "cap=2.0: must be a number, greater than 0 and less than 1"),
+        ("seed=0,-1", "seed=-1: must be a whole number, at least 0"),
+        ("cap_margin=0.1,0.7", "cap_margin=0.7: must be less than cap"),
+        ("max_tries=1,100000000000000000000", "must be less than 2147483648"),
+        ("server_clients=1,2k", "server_clients='2k'"),
+        ("server_clients=1,99999999999m", "server_clients='99999999999m'"),
+        ("model=mlp,lenet", "'lenet' must be one of"),
+        ("rounds=3,4", "--rounds is one for the whole sweep"),
     ],
 )
 def test_a_combination_that_a_run_refuses_is_refused(grid, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         runs_of(grid)
     assert "\n" not in str(caught.value)
+
+
+def test_presets_have_the_flags_that_fedavg_depends_on():
+    """Nothing of the protection hides in what FedAvg is told by."""
+    for name in ("quickstart", "literal", "mcmahan"):
+        run = runs_of("seed=0", f"--preset={name}")[0]
+        assert run.kind == "fedavg"
+        bare = getattr(presets, name)()
+        assert jax.tree.structure(run.experiment) == jax.tree.structure(bare)

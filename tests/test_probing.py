@@ -1,7 +1,5 @@
 """The probe of a real model: what calibrators are told is what the noised model itself says."""
 
-import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,37 +7,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from noisefl import Config, models, noise, split
+from noisefl import models, noise
 from noisefl.calibrate import Probe
-from noisefl.probing import make_probe
+from noisefl.probing import Copies, Judge
 
-MODEL = models.by_name("mlp", 10)
+MODEL, SHAPE = models.by_name("mlp", 10), (6, 5, 1)
 RNG = np.random.default_rng(0)
-IMAGES, LABELS = RNG.integers(0, 256, (50, 28, 28, 1), np.uint8), RNG.integers(0, 10, 50)
+IMAGES, LABELS = RNG.integers(0, 256, (50, *SHAPE), np.uint8), RNG.integers(0, 10, 50)
 SOME = np.array([3, 49, 7, 7, 20, 0, 11])
-LAST = Config(noise_layers="last", noise_scale="relative", eval_batch=3)
+LAST = noise.layers("last", relative=True)
 CASES = {
     "last": LAST,
-    "last, absolute": dataclasses.replace(LAST, noise_scale="absolute"),
-    "first": dataclasses.replace(LAST, noise_layers="first"),
-    "kernel alone": dataclasses.replace(LAST, noise_parameters="kernel"),
+    "last, absolute": noise.layers("last"),
+    "first": noise.layers("first", relative=True),
+    "kernel alone": LAST.replace(noise_parameters="kernel"),
 }
+SIGNS = (1.0, -1.0, 0.5)  # of three variants
 
 
-def probe_of(config: Config, base: Any) -> Probe:
-    data: Any = SimpleNamespace(
-        validation_images=jnp.asarray(IMAGES), validation_labels=jnp.asarray(LABELS)
-    )
-    paths = noise.target(MODEL, config)
-    return make_probe(MODEL, split.at(MODEL, paths, (28, 28, 1)), base, paths, data, config)
+def probe_of(where: noise.Where, base: Any) -> Probe:
+    functions = models.functions(MODEL)
+    paths = where.paths(functions, SHAPE)
+    judge = Judge(functions, SHAPE, jnp.asarray(IMAGES), jnp.asarray(LABELS), 3)
+
+    def copy(draw: Any, strength: jax.Array, variant: jax.Array) -> Any:
+        return noise.apply(base, where.scaled(base, draw, strength), jnp.asarray(SIGNS)[variant])
+
+    def draw(key: jax.Array) -> Any:
+        return where.draw(key, base, paths)
+
+    return judge.probe(base, Copies(len(SIGNS), "linear", paths, draw, copy))
 
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    return MODEL.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    return MODEL.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))["params"]
 
 
-def told(base: Any, draw: noise.Draw, signed: float, config: Config) -> np.ndarray:
+def told(base: Any, draw: noise.Draw, signed: float, where: noise.Where) -> np.ndarray:
     """Logits of W + signed · ξ, layer by layer in NumPy: the RMS is of each noised layer."""
     copy = jax.tree.map(np.array, base)
     layers: dict[str, list[str]] = {}
@@ -47,7 +52,7 @@ def told(base: Any, draw: noise.Draw, signed: float, config: Config) -> np.ndarr
         layers.setdefault(layer, []).append(name)
     for layer, names in layers.items():
         rms = 1.0
-        if config.noise_scale == "relative":
+        if where.noise_scale == "relative":
             every = np.concatenate([np.ravel(base[layer][name]) for name in names])
             rms = np.sqrt(np.mean(np.square(every, dtype=np.float64)))
         for name in names:
@@ -56,39 +61,51 @@ def told(base: Any, draw: noise.Draw, signed: float, config: Config) -> np.ndarr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_noised_model(case, base):
-    config = CASES[case]
-    probe = probe_of(config, base)
-    draw = probe.draw(jax.random.key(5))
-    strengths = [1.5, -1.5, 0.0, 0.2]
-    wanted = np.stack([told(base, draw, s, config)[SOME] for s in strengths])
+def test_every_answer_is_that_of_the_noised_model_and_billed(case, base):
+    """With what all copies share kept, and without; side by side; on all images and on few."""
+    where, some = CASES[case], jnp.asarray(SOME)
+
+    def asked(key):
+        probe = probe_of(where, base)
+        draw, strength, first = probe.draw(key), jnp.float32(1.5), jnp.bool_(True)
+        twice = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), draw)
+        answers = [
+            probe.accuracy(draw, strength),
+            probe.bare(),
+            probe.logits_of(twice, strength, some),
+        ]
+        for shared in (None, probe.below(some)):
+            answers += [
+                probe.logits(draw, strength, some, shared),
+                probe.clean(some, shared),
+                probe.look(draw, strength, jnp.int32(1), some, first, shared),
+            ]
+        return draw, [(found, billed.bill) for found, billed in answers]
+
+    draw, (accuracy, bare, many, *few) = jax.jit(asked)(jax.random.key(5))
+    wanted = np.stack([told(base, draw, 1.5 * sign, where) for sign in SIGNS])
+    plain = told(base, draw, 0, where)
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
-    asked = (draw, jnp.asarray(strengths), jnp.asarray(SOME))
-    kept = probe.of(jnp.asarray(SOME))
-    for logits in (
-        probe.logits(*asked),
-        jax.jit(probe.logits)(*asked),
-        kept(*asked[:2]),
-        jax.vmap(probe.logits, (None, 0, None))(draw, asked[1][:, None], asked[2])[:, 0],
-    ):
-        np.testing.assert_allclose(logits, wanted, atol=2e-5)
 
+    def holds(answer, expected, bill, atol=2e-5):
+        found, paid = answer
+        np.testing.assert_allclose(found, expected, atol=atol)
+        assert (int(paid.tries), int(paid.evaluations), int(paid.samples)) == bill
 
-@pytest.mark.parametrize("case", CASES)
-def test_accuracies_are_those_of_the_noised_model(case, base):
-    config = CASES[case]
-    probe = probe_of(config, base)
-    draw = probe.draw(jax.random.key(6))
-    reading = probe.accuracy(draw, jnp.float32(0.7))
-    for found, signed in ((reading.plus, 0.7), (reading.minus, -0.7)):
-        right = told(base, draw, signed, config).argmax(axis=1) == LABELS
-        assert found == pytest.approx(np.mean(right), abs=1e-6)
-    assert (reading.evaluations, reading.samples) == (2, 100)
+    for logits, clean, look in (few[:3], few[3:]):
+        holds(logits, wanted[:, SOME], (0, 3, 21))
+        holds(clean, plain[SOME], (0, 1, 7))
+        holds(look, wanted[1, SOME], (0, 1, 7))
+    twice = np.stack([told(base, draw, 3.0 * sign, where)[SOME] for sign in SIGNS])
+    holds(many, np.stack([wanted[:, SOME], twice]), (0, 6, 42), atol=4e-5)
+    holds(accuracy, np.mean(wanted.argmax(-1) == LABELS, axis=1), (1, 3, 150), atol=1e-6)
+    holds(bare, np.mean(plain.argmax(-1) == LABELS), (1, 1, 50), atol=1e-6)
 
 
 def test_a_dead_copy_has_no_accuracy(base):
     """Wrong on all images, it would hold any cap."""
     dead = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), base)
     probe = probe_of(LAST, dead)
-    reading = probe.accuracy(probe.draw(jax.random.key(0)), jnp.float32(1))
-    assert np.isnan([reading.plus, reading.minus]).all()
+    found, _ = probe.accuracy(probe.draw(jax.random.key(0)), jnp.float32(1))
+    assert np.isnan(found).all()
+    assert np.isnan(probe.bare()[0])

@@ -44,15 +44,6 @@ def largest_gap(a, b):
 # Layers.
 
 
-def test_conv_of_a_known_image():
-    image = np.arange(9.0).reshape(1, 3, 3, 1)  # 0 1 2 / 3 4 5 / 6 7 8
-    kernel = np.array([[1.0, 10.0], [100.0, 1000.0]]).reshape(2, 2, 1, 1)
-    valid = nets.conv(image, kernel, np.array([0.5]), "VALID")[0, :, :, 0]
-    np.testing.assert_array_equal(valid, [[4310.5, 5421.5], [7643.5, 8754.5]])  # not flipped
-    same = nets.conv(image, kernel, np.array([0.0]), "SAME")[0, :, :, 0]
-    np.testing.assert_array_equal(same, [[4310, 5421, 502], [7643, 8754, 805], [76, 87, 8]])
-
-
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_conv_is_its_definition(padding):
     rng = np.random.default_rng(0)
@@ -149,19 +140,6 @@ def test_gradient_is_the_finite_difference(name, blank):
                 value[at] = kept
                 difference = (losses[0] - losses[1]) / (2 * step)
                 assert gradient[layer][parameter][at] == pytest.approx(difference, abs=2e-8)
-
-
-def test_parameter_count_of_the_mcmahan_cnn():
-    """1,663,370 parameters on 28x28x1 (ALGORITHM.md, References): the shapes fit together."""
-    params = {
-        "conv1": {"kernel": np.zeros((5, 5, 1, 32)), "bias": np.zeros(32)},
-        "conv2": {"kernel": np.zeros((5, 5, 32, 64)), "bias": np.zeros(64)},
-        "dense1": {"kernel": np.zeros((7 * 7 * 64, 512)), "bias": np.zeros(512)},
-        "dense2": {"kernel": np.zeros((512, 10)), "bias": np.zeros(10)},
-    }
-    assert sum(p.size for layer in params.values() for p in layer.values()) == 1_663_370
-    images = np.zeros((2, 28, 28, 1), np.uint8)
-    assert nets.forward(nets.NETS["mcmahan"], params, images)[0].shape == (2, 10)
 
 
 def test_accuracy_counts_over_chunks():
@@ -297,6 +275,9 @@ def test_additive_loop_starts_at_the_bare_base_and_stops_at_the_cap():
     assert report.relative_strength == pytest.approx(4 / np.sqrt(np.mean(MARGINS**2) / 2))
 
 
+GEOMETRIC = {"calibrator": "geometric", "strength": 0.75, "strength_factor": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "strengths", "feasible"),
     [
@@ -310,11 +291,10 @@ def test_additive_loop_starts_at_the_bare_base_and_stops_at_the_cap():
         ({"max_tries": 5}, [0, 1, 2, 3, 4], True),
         # half of the images are always right
         ({"cap": 0.4, "redraw": "rescale"}, [0, 1, 2, 3, 4, 5], False),
-        (
-            {"calibrator": "geometric", "strength": 0.75, "strength_factor": 2},
-            [0.75, 1.5, 3, 5],
-            True,
-        ),
+        (GEOMETRIC, [0.75, 1.5, 3, 5], True),
+        ({**GEOMETRIC, "bare_first": True}, [0, 0.75, 1.5, 3, 5], True),
+        ({**GEOMETRIC, "bare_first": True, "max_tries": 3}, [0, 0.75, 1.5], False),
+        ({**GEOMETRIC, "bare_first": True, "cap": 0.99, "max_tries": 2}, [0, 0.75], True),
         ({"calibrator": "fixed", "strength": 3.0}, [3], False),
         ({"calibrator": "fixed", "strength": 4.0}, [4], True),
     ],
@@ -323,6 +303,34 @@ def test_schedule(changes, strengths, feasible):
     _, report = run_toy(**changes)
     assert [row[0] for row in report.schedule] == strengths
     assert report.feasible == feasible
+
+
+def test_a_look_at_the_bare_base_is_one_model_and_draws_nothing():
+    """A base that holds goes out bare; draw 0 is that of the first try with noise."""
+    asked, data = [], toy_data()
+    data = dataclasses.replace(data, accuracy_labels=np.array([0] * 6 + [1] * 4))
+
+    def noise(j):
+        asked.append(j)
+        return toy_noise()
+
+    draws = toy_draws(data, noise=noise)
+    _, held = run_toy(data, draws=draws, bare_first=True, **GEOMETRIC)
+    assert (held.schedule, held.feasible, held.strength) == ([(0, 0.6, 0.6)], True, 0)
+    assert (held.tries, held.evaluations, held.samples, asked) == (1, 1, 10, [])
+    assert held.plus is held.minus
+    _, raised = run_toy(data, draws=draws, bare_first=True, cap=0.55, **GEOMETRIC)
+    assert (raised.tries, raised.evaluations, raised.samples) == (2, 3, 30)
+    assert asked == [0]
+
+
+def test_the_server_moves_by_its_rate():
+    data, w = toy_data(), toy_params()
+    changes = {"warmup_rounds": 1, "learning_rate": 0.5}
+    whole, _ = run_toy(data, **changes)
+    half, _ = run_toy(data, server_learning_rate=0.5, **changes)
+    assert largest_gap(half.base, nets.combine(lambda a, b: (a + b) / 2, w, whole.base)) < 1e-12
+    assert half.owner is half.base
 
 
 def test_both_copies_must_be_under_the_cap():
@@ -370,15 +378,15 @@ def test_relative_noise_scales_each_layer_by_its_own_rms():
     assert report.relative_strength == report.strength > 0
 
 
-@pytest.mark.parametrize("on_infeasible", ["ship", "skip"])
-def test_infeasible_round(on_infeasible):
+@pytest.mark.parametrize("skip", [False, True])
+def test_infeasible_round(skip):
     data = toy_data()
     state = ref.initial_state(TOY, data, toy_params())
-    changes = {"max_tries": 4, "learning_rate": 0.1, "on_infeasible": on_infeasible}
+    changes = {"max_tries": 4, "learning_rate": 0.1, "skip_infeasible": skip}
     after, report = run_toy(data, state, **changes)
     assert after.round == 1
     assert (report.strength, report.tries, report.feasible) == (3, 4, False)
-    if on_infeasible == "skip":
+    if skip:
         assert (report.shipped, report.local_models) == (False, [])
         assert largest_gap(after.owner, state.owner) == largest_gap(after.base, state.base) == 0
         assert after.owner_accuracy == state.owner_accuracy
@@ -468,11 +476,11 @@ def test_no_server_side_clients_make_g_equal_w():
     assert largest_gap(after.owner, after.base) == 0
 
 
-def test_next_base_owner():
+def test_the_owner_feeds_back():
     data = toy_data()
     state = ref.State(1, nets.combine(np.ones_like, toy_params()), toy_params(), False, 0.0)
     base, _ = run_toy(data, state, **CLOSED)
-    owner, _ = run_toy(data, state, next_base="owner", **CLOSED)
+    owner, _ = run_toy(data, state, feeds_back=True, **CLOSED)
     assert largest_gap(base.owner, base.base) > 0.1
     assert largest_gap(owner.owner, base.owner) == largest_gap(owner.base, base.owner) == 0
 
@@ -540,15 +548,15 @@ def test_until_cap_waits_for_a_good_owner_and_never_returns():
     state = ref.State(0, bad, bad, True, 0.0)
     for model in (bad, bad, toy_params(), bad, bad):
         state = dataclasses.replace(state, owner=model, base=model)
-        state, report = run_toy(data, state, warmup="until_cap", warmup_rounds=1)
+        state, report = run_toy(data, state, until_cap=True, warmup_rounds=1)
         warming.append(report.warming)
         latches.append(state.warm)
     assert latches == [True, True, False, False, False]
     assert warming == [True, True, True, False, False]
     # τ stays a lower bound: a good first round does not shorten it
     state = ref.initial_state(TOY, data, toy_params())
-    state, _ = run_toy(data, state, warmup="until_cap", warmup_rounds=2)
-    _, report = run_toy(data, state, warmup="until_cap", warmup_rounds=2)
+    state, _ = run_toy(data, state, until_cap=True, warmup_rounds=2)
+    _, report = run_toy(data, state, until_cap=True, warmup_rounds=2)
     assert not state.warm
     assert report.warming
 

@@ -1,6 +1,6 @@
 """The round as a pure function: it composes, it repeats, its noise cancels."""
 
-import dataclasses
+from typing import ClassVar
 
 import federation as fed
 import jax
@@ -9,150 +9,94 @@ import numpy as np
 import optax
 import pytest
 
-from noisefl import calibrate, keys, make_round, noise
-from noisefl.config import NEVER, Hyper, check_hyper, fedavg
+import noisefl
+from noisefl import calibrate, keys, noise, optimizers, parts, schemes, server
+from noisefl.parts import changed, part, walk
 
-EQUAL = (6,) * 8
 ULP = float(np.finfo(np.float32).eps)
-
-
-def still(hyper, t):
-    """An optimizer that learns nothing: what is left of a round is its noise."""
-    return optax.set_to_zero()
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Equal bit for bit without a tolerance; with one, floats alone may differ."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        assert one.dtype == other.dtype
-        if tolerance and one.dtype.kind == "f":
-            np.testing.assert_allclose(one, other, **tolerance)
-        else:
-            np.testing.assert_array_equal(one, other)
-
-
-def stacked(*trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def lane(tree, i: int):
-    return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def noisy_start(config, **numbers):
-    """Program, state, data and hyper of a round that is past warm-up and raises its noise."""
-    program = fed.program(config)
-    return program, fed.start(program), fed.federation(), fed.hyper(config, **numbers)
-
-
-PLAIN = {"warmup_rounds": 0}
+FIXED = {"calibrator": calibrate.Fixed(strength=2.0), "warmup_rounds": 0}
+DATA = fed.federation()
+# Three runs that differ in all that a lane may differ in: numbers of tries, one in warm-up.
+LANES = [
+    fed.experiment(warmup_rounds=0, max_tries=3),
+    noisefl.fedavg(fed.TINY),
+    fed.experiment(learning_rate=0.5, strength=1.0, cap=0.7),
+]
 
 
 # It composes.
 
 
-def test_jit_as_users_write_it_equals_eager_and_repeats_bitwise():
-    program, state, data, hyper = noisy_start(fed.config(), **PLAIN)
-    step, key = make_round(fed.TinyCNN(), fed.config()).step, keys.root(3)
-    compiled = jax.jit(step)
-    first = compiled(key, state, data, hyper)
-    assert first[1].calibration.tries > 1
-    assert_same(compiled(key, state, data, hyper), first)
-    assert_same(step(key, state, data, hyper), first, **fed.CLOSE)
-    assert_same(program.step(key, state, data, hyper), first, **fed.CLOSE)
+def test_vmap_is_single_calls():
+    """Over keys, states and experiments at once; lanes that need more tries disturb no other. So is
+    a scan: `test_simulate`."""
+    roots = jnp.stack([keys.root(seed) for seed in (3, 4, 5)])
+    singles = [fed.start(), fed.start(), noisefl.init(keys.root(5), fed.TINY, DATA)]
+    singles[1] = fed.replaced(singles[1], base=jax.tree.map(lambda w: w / 2, singles[1].base))
+    lanes, tries = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles), []
+    mapped = jax.jit(jax.vmap(noisefl.step, in_axes=(0, 0, None, 0)))
+    for _ in range(3):
+        lanes, infos = mapped(roots, lanes, DATA, parts.lanes(LANES))
+        tries.append(infos.issue.bill.tries.tolist())
+        for number, experiment in enumerate(LANES):
+            single, info = fed.step(roots[number], singles[number], DATA, experiment)
+            singles[number] = single
+            fed.assert_same(fed.lane(lanes, number), single, **fed.CLOSE)
+            info = fed.replaced(info, observed=())
+            fed.assert_same(fed.lane(infos, number), info, **fed.CLOSE)
+    assert any(len(set(row)) == 3 for row in tries), "lanes of one length show nothing"
 
 
-def test_the_inputs_of_a_step_are_left_alone():
-    program, state, data, hyper = noisy_start(fed.config(), **PLAIN)
-    inputs = (state, data, hyper)
-    before = jax.tree.map(np.array, inputs)
-    program.step(keys.root(3), *inputs)
-    assert_same(jax.tree.map(np.array, inputs), before)
-
-
-def test_init_is_one_model_twice_and_depends_on_its_key():
+def test_init_is_one_model_twice_and_composes():
     """ALGORITHM.md: "initialise w;  W = G = w"; with buffers of their own, to be donated."""
-    init = fed.program(fed.config()).init
-    one, again, other = init(keys.root(1)), init(keys.root(1)), init(keys.root(2))
-    assert_same(one, again)
-    assert_same(one.owner, one.base)
+    one, again, other = (noisefl.init(keys.root(seed), fed.TINY, DATA) for seed in (1, 1, 2))
+    fed.assert_same(one, again)
+    fed.assert_same(one.owner, one.base)
     pairs = zip(jax.tree.leaves(one.owner), jax.tree.leaves(one.base), strict=True)
     assert all(g.unsafe_buffer_pointer() != w.unsafe_buffer_pointer() for g, w in pairs)
     assert not np.array_equal(one.base["stem"]["kernel"], other.base["stem"]["kernel"])
     assert int(one.round) == 0
+    mapped = jax.jit(jax.vmap(lambda key, e: noisefl.init(key, e, DATA)))
+    lanes = mapped(jnp.stack([keys.root(1), keys.root(2)]), parts.lanes(LANES[:2]))
+    for number, single in enumerate((one, other)):
+        fed.assert_same(fed.lane(lanes, number), single, **fed.CLOSE)
 
 
-def test_a_scan_over_three_keys_is_three_calls():
-    program, state, data, hyper = noisy_start(fed.config())
-    step = make_round(fed.TinyCNN(), fed.config()).step
-
-    def scanned(ks, state, data, hyper):
-        return jax.lax.scan(lambda s, k: step(k, s, data, hyper), state, ks)
-
-    ks = fed.round_keys(3)
-    last, infos = jax.jit(scanned, compiler_options=fed.QUICK)(stacked(*ks), state, data, hyper)
-    singles = []
-    for key in ks:
-        state, info = program.step(key, state, data, hyper)
-        singles.append(info)
-    assert_same(last, state, **fed.CLOSE)
-    assert_same(infos, stacked(*singles), **fed.CLOSE)
-    assert infos.protected.tolist() == [False, True, True]
-
-
-@pytest.mark.parametrize("over", ["keys", "states", "hypers"])
-def test_vmap_is_single_calls(over):
-    """Lanes that need different numbers of tries, and lanes in warm-up, do not disturb others."""
-    program, state, data, hyper = noisy_start(fed.config(), **PLAIN)
-    args = [keys.root(3), state, data, hyper]
-    position = {"keys": 0, "states": 1, "hypers": 3}[over]
-    if over == "keys":
-        lanes = fed.round_keys(3)
-    elif over == "states":
-        weak = jax.tree.map(lambda w: w * 0.5, state.base)
-        lanes = [state, dataclasses.replace(state, base=weak), program.init(keys.root(5))]
-    else:
-        changes = [
-            {"cap": 0.7, "max_tries": 3, **PLAIN},
-            {"warmup_rounds": NEVER},
-            {"learning_rate": 0.5, "strength": 1.0, **PLAIN},
-        ]
-        lanes = [fed.hyper(fed.config(), **change) for change in changes]
-    axes = [0 if i == position else None for i in range(4)]
-    args[position] = stacked(*lanes)
-    step = make_round(fed.TinyCNN(), fed.config()).step
-    mapped = jax.jit(jax.vmap(step, in_axes=axes), compiler_options=fed.QUICK)
-    together = mapped(*args)
-    tries = together[1].calibration.tries.tolist()
-    assert len(set(tries)) > 1, "lanes of one and the same length show nothing"
-    for i, one in enumerate(lanes):
-        args[position] = one
-        assert_same(lane(together, i), program.step(*args), **fed.CLOSE)
+@pytest.mark.parametrize("protected", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_jit_as_users_write_it_is_eager_repeats_bitwise_and_leaves_inputs_alone(protected):
+    """In XLA's default options; the other tests compile quickly."""
+    experiment = fed.experiment(**(FIXED if protected else {"scheme": schemes.Bare()}))
+    inputs = (fed.KEY, fed.start(experiment), DATA, experiment)
+    before = fed.plain(inputs)
+    users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    compiled = jax.jit(noisefl.step).lower(*inputs).compile(compiler_options=users)
+    first = compiled(*inputs)
+    fed.assert_same(compiled(*inputs), first)
+    fed.assert_same(fed.plain(inputs), before)
+    fed.assert_same(noisefl.step(*inputs), first, **fed.CLOSE)
+    after, info = fed.step(*inputs)
+    fed.assert_same((after, fed.replaced(info, observed=())), first, **fed.CLOSE)
+    assert info.issue.protected == protected
 
 
-def test_no_new_value_compiles_anew():
-    """DESIGN.md: everything in `Hyper` is traced; states of all rounds have one signature."""
-    config = fed.config(momentum=True, clipping=True, calibrator="geometric")
-    step, traces = make_round(fed.TinyCNN(), config).step, []
-
-    def counted(*args):
-        traces.append(1)
-        return step(*args)
-
-    compiled = jax.jit(counted, compiler_options=fed.QUICK)
-    hyper = fed.hyper(config, strength=0.5, **PLAIN)
-    first, data = fed.program(config).init(keys.root(1)), fed.federation()
-    second, _ = compiled(keys.root(1), first, data, hyper)
-    third, _ = compiled(keys.root(2), second, data, hyper)
-    compiled(keys.root(3), third, fed.federation(seed=9), hyper)
-    for field in dataclasses.fields(Hyper):
-        old = getattr(hyper, field.name)
-        value = old + 1 if old.dtype == jnp.int32 else np.float64(old) * 0.9 + 0.01
-        new = dataclasses.replace(hyper, **{field.name: np.asarray(value).item()})
-        compiled(keys.root(3), third, data, check_hyper(new, config))
-    assert len(traces) == 1
+def test_a_new_number_in_any_part_of_an_experiment_compiles_nothing():
+    """Part by part, field by field; states of all rounds and other data have one signature."""
+    experiment = fed.experiment(
+        calibrator=calibrate.Fixed(strength=4.0), momentum=0.5, clip_norm=1e6, local_epochs=2
+    )
+    state = fed.start(experiment)
+    fed.step(fed.KEY, state, DATA, experiment)
+    before = fed.step._cache_size()  # pyright: ignore
+    seen = set()
+    for place in walk(experiment):
+        if place.spec.traced:
+            value = 3 if place.spec.kind == "count" else 0.9 * place.value.item() + 0.01
+            new = changed(experiment, type(place.owner), **{place.name: value})
+            state, _ = fed.step(keys.root(len(seen)), state, fed.federation(seed=9), new)
+            seen.add(place.name)
+    assert fed.step._cache_size() == before  # pyright: ignore
+    assert {"learning_rate", "momentum", "clip_norm", "warmup_rounds", "cap", "strength"} <= seen
+    assert {"server_learning_rate", "cap_margin", "learning_rate_decay"} <= seen
 
 
 # Without noise it is FedAvg.
@@ -160,33 +104,31 @@ def test_no_new_value_compiles_anew():
 
 def test_zero_noise_without_server_side_clients_is_fedavg_bitwise():
     """σ = 0 and s = ∅: the protected round computes what the warm-up does; and there G = W."""
-    config = fed.config(calibrator="fixed", server_clients=0)
-    program, state, data, hyper = noisy_start(config, strength=0.0, **PLAIN)
-    plain = fedavg(hyper)
-    ours = theirs = state
-    for key in fed.round_keys(3):
-        ours, info = program.step(key, ours, data, hyper)
-        theirs, plain_info = program.step(key, theirs, data, plain)
-        assert (bool(info.protected), bool(plain_info.protected)) == (True, False)
-        assert_same(ours, theirs)
-        assert_same(theirs.owner, theirs.base)
-        assert_same(info.local_accuracy, plain_info.local_accuracy)
+    experiment = fed.experiment(**FIXED, strength=0.0, server_clients="0")
+    plain = noisefl.fedavg(experiment)
+    state = ours = theirs = fed.start()
+    for _ in range(3):
+        ours, info = fed.step(fed.KEY, ours, DATA, experiment)
+        theirs, plain_info = fed.step(fed.KEY, theirs, DATA, plain)
+        assert (bool(info.issue.protected), bool(plain_info.issue.protected)) == (True, False)
+        fed.assert_same(ours, theirs)
+        fed.assert_same(theirs.owner, theirs.base)
+        fed.assert_same(info.observed, plain_info.observed)
     assert not np.array_equal(ours.base["stem"]["kernel"], state.base["stem"]["kernel"])
 
 
 # The noise pair: W' = W + (p_A − p_B) ξ + Σ p_k Δ_k with Δ = 0 (ALGORITHM.md, "Derived").
 
 
-def still_round(counts, **changes):
-    """(W, W', ξ, p_A − p_B, by parameter path) of a round in which nobody learns anything."""
-    config = fed.config(calibrator="fixed", **changes)
-    program, data = fed.program(config, optimizer=still), fed.federation(counts)
-    state = fed.start(program)
-    new, info = program.step(keys.root(4), state, data, fed.hyper(config, strength=2.0, **PLAIN))
-    n = np.asarray(data.counts)[np.asarray(info.clients)]
-    tilt = float((n * np.asarray(info.signs)).sum() / n.sum())
-    xi = noise.scaled(state.base, info.calibration.draw, info.calibration.strength, "absolute")
-    return state.base, new.base, xi, tilt
+def still_round(counts, **fields):
+    """(W, W', ξ, p_A − p_B) of a round in which nobody learns anything: steps vanish in float32."""
+    experiment = fed.experiment(**FIXED, learning_rate=1e-30, **fields)
+    state, data = fed.start(), fed.federation(counts)
+    new, info = fed.step(keys.root(1), state, data, experiment)
+    n, signs = np.asarray(info.members.counts), 1 - 2 * np.asarray(info.members.groups)
+    secret = info.issue.secret
+    xi = noise.Where().scaled(state.base, secret.draw, secret.strength)
+    return state.base, new.base, xi, float((n * signs).sum() / n.sum())
 
 
 def assert_base_is(base, new, xi, tilt, ulps=8):
@@ -199,11 +141,11 @@ def assert_base_is(base, new, xi, tilt, ulps=8):
 
 
 def test_equal_shares_restore_the_base_to_rounding():
-    base, new, xi, tilt = still_round(EQUAL)
+    base, new, xi, tilt = still_round(fed.EQUAL)
     assert tilt == 0
     assert min(np.abs(leaf).max() for leaf in xi.values()) > 0.5
     assert_base_is(base, new, xi, 0)
-    assert_same(new["head"], base["head"])  # no noise there: shares of ¼ add up bitwise
+    fed.assert_same(new["head"], base["head"])  # no noise there: shares of ¼ add up bitwise
 
 
 def test_unequal_shares_leave_their_difference_of_the_noise():
@@ -212,83 +154,99 @@ def test_unequal_shares_leave_their_difference_of_the_noise():
     assert_base_is(base, new, xi, tilt)
 
 
-@pytest.mark.parametrize("cancellation", ["reweight", "subtract"])
-def test_unequal_shares_cancel_when_asked_to(cancellation):
-    base, new, xi, tilt = still_round(fed.COUNTS, cancellation=cancellation)
+FULL = {"clients_per_round": 2, "groups": "full", "cancellation": "subtract"}
+FIVE = {"clients_per_round": 5, "cancellation": "reweight"}
+
+
+@pytest.mark.parametrize("fields", [FULL, FIVE], ids=["subtract", "reweight"])
+def test_unequal_shares_cancel_when_asked_to(fields):
+    base, new, xi, tilt = still_round(fed.COUNTS, **fields)
     assert abs(tilt) > 0.1
     assert_base_is(base, new, xi, 0)
 
 
 def test_subtracting_restores_the_base_bitwise():
     """With shares that are powers of two; others round in the average, noise or no noise."""
-    base, new, _, _ = still_round(EQUAL, cancellation="subtract")
-    assert_same(new, base)
+    base, new, _, _ = still_round(fed.EQUAL, **FULL)
+    fed.assert_same(new, base)
 
 
-# What it refuses, and what it accepts of a researcher's own.
+# What it refuses, flags, and accepts of a researcher's own.
 
 
-def test_data_of_another_population_or_image_shape_is_refused():
-    program, state, data, hyper = noisy_start(fed.config())
-    key = keys.root(0)
-    with pytest.raises(ValueError, match=r"num_clients=8: .* 5 clients"):
-        program.step(key, state, fed.federation((3,) * 5), hyper)
-    cropped = dataclasses.replace(data, train_images=data.train_images[:, :6])
-    with pytest.raises(ValueError, match=r"image_shape=\(8, 8, 1\): .*\(6, 8, 1\)"):
-        program.step(key, state, cropped, hyper)
+def test_a_population_smaller_than_the_cohort_is_refused():
+    with pytest.raises(ValueError, match=r"^clients_per_round=4: needs 4 .*, and the data have 3"):
+        jax.eval_shape(noisefl.step, fed.KEY, fed.start(), fed.federation((3,) * 3), fed.TINY)
 
 
 @pytest.mark.parametrize("model", ["owner", "base"])
 def test_a_broken_model_is_flagged(model):
     """One infinite weight of G (through the server-side clients) or of W."""
-    program, state, data, hyper = noisy_start(fed.config(), **PLAIN)
-    _, info = program.step(keys.root(3), state, data, hyper)
-    assert info.finite
+    state, experiment = fed.start(), fed.experiment(warmup_rounds=0)
+    assert fed.step(fed.KEY, state, DATA, experiment)[1].finite
     broken = jax.tree.map(jnp.copy, getattr(state, model))
     broken["head"]["bias"] = broken["head"]["bias"].at[0].set(jnp.inf)
-    state = dataclasses.replace(state, **{model: broken})
-    _, info = program.step(keys.root(3), state, data, hyper)
+    _, info = fed.step(fed.KEY, fed.replaced(state, **{model: broken}), DATA, experiment)
     assert not info.finite
+    assert info.issue.feasible == (model == "owner")  # a NaN accuracy holds no cap
 
 
-def escalating() -> calibrate.Calibrator:
-    """A calibrator with a memory: σ0 in the first protected round, 2 σ0 in the second, …"""
+@part
+class Escalating(calibrate.Fixed):
+    """A rule with a memory: no noise in the first protected round, then σ0, 2 σ0, …"""
 
-    def rule(key, base, probe, hyper, carry):
-        draw, strength = probe.draw(key), hyper.strength * (carry + 1)
-        reading = probe.accuracy(draw, strength)
-        calibration = calibrate.Calibration(
-            draw=draw,
-            strength=strength,
-            feasible=calibrate.holds(reading, hyper),
-            plus_accuracy=reading.plus,
-            minus_accuracy=reading.minus,
-            tries=jnp.int32(1),
-            evaluations=reading.evaluations,
-            samples=reading.samples,
-        )
-        return calibration, carry + 1
+    abstract: ClassVar[bool] = True
 
-    return calibrate.Calibrator(init=lambda: jnp.int32(0), calibrate=rule)
+    def init(self):
+        return jnp.int32(0)
+
+    def calibrate(self, key, probe, carry):
+        now = self.replace(strength=self.strength * carry)
+        decision, evidence, probe, _ = super(Escalating, now).calibrate(key, probe, ())  # pyright: ignore
+        return decision, evidence, probe, carry + 1
 
 
-def test_a_calibrator_of_ones_own_is_asked_once_a_protected_round():
-    config = fed.config()
-    program = fed.program(config, optimizer=still, calibrator=escalating())
-    state, data, hyper = fed.start(program), fed.federation(), fed.hyper(config, strength=0.5)
-    strengths, carries, samples = [], [int(state.carry)], []
-    for key in fed.round_keys(3):
-        base = state.base
-        state, info = program.step(key, state, data, hyper)
-        strengths.append(float(info.calibration.strength))
-        carries.append(int(state.carry))
-        samples.append(int(info.calibration.samples))
-        # what it answered is what the clients received
-        n = np.asarray(data.counts)[np.asarray(info.clients)]
-        tilt = float((n * np.asarray(info.signs)).sum() / n.sum())
-        calibration = info.calibration
-        xi = {path: leaf * calibration.strength for path, leaf in calibration.draw.items()}
-        assert_base_is(base, state.base, xi, tilt)
-    assert strengths == [0.0, 0.5, 1.0]
-    assert carries == [0, 0, 1, 2]
-    assert samples == [0, 2 * fed.VALIDATION, 2 * fed.VALIDATION]
+def flat(params, rows: int = 1) -> np.ndarray:
+    """Models [rows, ...] as float64 [rows, all parameters]."""
+    leaves = [np.reshape(leaf, (rows, -1)) for leaf in jax.tree.leaves(params)]
+    return np.concatenate(leaves, axis=1).astype(np.float64)
+
+
+def test_fedadam_a_rule_with_a_memory_and_rounds_that_are_skipped():
+    """W follows NumPy's Adam on the clients' averaged update (Reddi et al. 2021); a round that is
+    skipped changes nothing but the rule's memory; the rule is asked once a protected round."""
+    scheme = schemes.SkipInfeasible(fed.TINY.scheme)
+    adam = server.Optax(optax.adam, {"learning_rate": 0.03, "b1": 0.8, "b2": 0.9, "eps": 1e-3})
+    experiment = fed.experiment(
+        scheme=scheme, calibrator=Escalating(strength=4.0, cap=0.6), server_clients="0"
+    ).replace(server=adam)
+    state, words = fed.start(experiment), []
+    w, m, v, t = flat(state.base)[0], 0.0, 0.0, 0
+    for _ in range(5):
+        before = state
+        state, info = fed.step(keys.root(2), state, DATA, experiment)
+        words.append((float(info.issue.strength), bool(info.issue.shipped), int(state.scheme)))
+        if info.issue.shipped:
+            counts = np.asarray(info.members.counts, float)
+            g = w - counts @ flat(info.observed[1], 4) / counts.sum()
+            m, v, t = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2, t + 1
+            w = w - 0.03 * m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+            fed.assert_same(state.owner, state.base)  # s = ∅
+        else:
+            assert int(info.training_samples) == 0
+            fed.assert_same(state, fed.replaced(before, round=state.round, scheme=state.scheme))
+        np.testing.assert_allclose(flat(state.base)[0], w, rtol=1e-3, atol=1e-4)
+    assert [carry for _, _, carry in words] == [0, 1, 2, 3, 4]
+    assert [strength for strength, _, _ in words] == [0, 0, 4, 8, 12]
+    assert {shipped for _, shipped, _ in words} == {True, False}
+
+
+def test_optax_optimizers_of_ones_own_train_the_clients():
+    """An opaque transformation is the part of the same numbers, and compiles."""
+    fields = {"scheme": schemes.Bare(), "server_clients": "0"}
+    ours = fed.experiment(**fields, optimizer=optax.sgd(0.125))
+    theirs = fed.experiment(**fields)
+    assert isinstance(ours.local.optimizer, optimizers.Opaque)
+    one, _ = fed.step(fed.KEY, fed.start(ours), DATA, ours)
+    other, _ = fed.step(fed.KEY, fed.start(theirs), DATA, theirs)
+    fed.assert_same(one, other, **fed.CLOSE)

@@ -3,21 +3,22 @@
 The programs are made up: each lane answers with what it was given.
 """
 
-import dataclasses
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import many_lanes
 import numpy as np
 import pytest
-from many_lanes import CONFIG
 
-from noisefl import Config, Hyper, lanes, mesh, sweep
-from noisefl.simulate import Metrics
+import noisefl
+from noisefl import calibrate, layout, mesh, optimizers, parts, schemes, sweep
+from noisefl.parts import changed
 
-FIELDS = [field.name for field in dataclasses.fields(Metrics)]
-CONFIGS = [dataclasses.replace(CONFIG, calibrator=name) for name in ("fixed", "additive", "snr")]
+WAYS = ("pair", "subtract", "reweight")  # other structures, whose states are of one kind
+
+
+program_of: Any = sweep.Program  # of functions that are not compiled
 
 
 class Programs:
@@ -28,20 +29,24 @@ class Programs:
     """
 
     def __init__(self, bytes_a_lane: int = 0):
-        self.compiled: list[tuple[Config, int, dict[str, Any]]] = []
+        self.compiled: list[tuple[str, int, Any]] = []
         self.last_rounds: list[list[int]] = []  # of each batch
         self.bytes_a_lane = bytes_a_lane
 
-    def __call__(self, model, config, data, lanes, rounds_per_chunk, on, **options: Any) -> Any:
-        self.compiled.append((config, lanes, options))
-        shapes = jax.tree.map(lambda leaf: leaf.shape, data)
+    def __call__(self, experiments, data, lanes, rounds_per_chunk, on, measure=None) -> Any:
+        self.compiled.append((experiments.scheme.inner.cancellation, lanes, measure))
+        shapes = [leaf.shape for leaf in jax.tree.leaves((data, experiments))]
 
-        def init(seeds):
+        def checked(*given: Any) -> None:
+            assert [leaf.shape for leaf in jax.tree.leaves(given)] == shapes
+
+        def init(seeds, data, experiments):
+            checked(data, experiments)
             assert seeds.shape == (lanes, 2)
             return {"seed": np.asarray(seeds), "round": np.zeros(lanes, np.int32)}
 
-        def chunk(seeds, states, data, hypers, last_rounds):
-            assert jax.tree.map(lambda leaf: leaf.shape, data) == shapes
+        def chunk(seeds, states, data, experiments, last_rounds):
+            checked(data, experiments)
             if not states["round"].any():
                 self.last_rounds.append(np.asarray(last_rounds).tolist())
             np.testing.assert_array_equal(states["seed"], seeds)
@@ -49,18 +54,15 @@ class Programs:
             rounds = np.where(rounds <= np.asarray(last_rounds)[:, None], rounds, 0)
             found: dict[str, Any] = {
                 "round": rounds,
-                "owner_accuracy": np.asarray(hypers.learning_rate)[:, None],
-                "strength": np.asarray(hypers.cap)[:, None],
-                "local_accuracy_max": np.asarray(data.counts)[:, :1],
-                "training_samples": np.asarray(data.clients)[:, 0, :1],
-                "calibration_tries": np.asarray(last_rounds)[:, None],
+                "rate": np.asarray(experiments.local.optimizer.learning_rate)[:, None],
+                "cap": np.asarray(experiments.scheme.cap)[:, None],
+                "count": np.asarray(data.counts)[:, :1],
+                "client": np.asarray(data.clients)[:, 0, :1],
             }
             found = {name: np.broadcast_to(leaf, rounds.shape) for name, leaf in found.items()}
-            every: dict[str, Any] = {name: found.get(name, rounds) for name in FIELDS}
-            return {**states, "round": states["round"] + rounds_per_chunk}, Metrics(**every)
+            return {**states, "round": states["round"] + rounds_per_chunk}, found
 
-        made_up: Any = sweep.Program
-        return made_up(init, chunk, lanes * self.bytes_a_lane)
+        return program_of(init, chunk, lanes * self.bytes_a_lane, {})
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +70,36 @@ def on() -> Any:
     return mesh.make(devices=jax.devices()[:1])
 
 
-def made_up(total: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    """Hypers, roots and data of lanes, all different."""
-    sources: list[Any] = [lane.data for lane in many_lanes.lanes()[1:3]]  # of two widths
-    hypers = Hyper(
-        learning_rate=rng.permutation(total) + 1.0,
-        cap=rng.permutation(total) / 2 / total + 0.25,
-        strength=0.5,
-    )
+@pytest.fixture
+def programs(monkeypatch) -> Programs:
+    programs = Programs()
+    monkeypatch.setattr(sweep, "make_program", programs)
+    return programs
+
+
+def made_up(total: int, seed: int, ways: int = 1) -> tuple[list[noisefl.Experiment], Any, Any]:
+    """Experiments, roots and data of lanes, all different."""
+    rng = np.random.default_rng(seed)
+    rates, caps = rng.permutation(total) + 1.0, rng.permutation(total) / 2 / total + 0.25
+    experiments = [
+        changed(many_lanes.experiment(rate, cap=cap), schemes.Pair, cancellation=WAYS[n % ways])
+        for n, (rate, cap) in enumerate(zip(rates, caps, strict=True))
+    ]
     bits: Any = rng.integers(0, 2**32, (total, 2), np.uint32)
+    sources: list[Any] = [lane.data for lane in many_lanes.lanes()[1:3]]  # of two widths
     data = [
         one.replace(counts=one.counts.at[0].set(n), clients=one.clients.at[0, 0].set(-n))
         for n in range(total)
         for one in [sources[n % 2]]
     ]
-    return hypers, jax.random.wrap_key_data(bits), data
+    return experiments, jax.random.wrap_key_data(bits), data
+
+
+def numbers(experiments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and caps of a list."""
+    stacked = [(e.local.optimizer.learning_rate, e.scheme.cap) for e in experiments]
+    rates, caps = np.array(stacked).T
+    return rates, caps
 
 
 @pytest.mark.parametrize(
@@ -99,42 +116,32 @@ def made_up(total: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
         ),
     ],
 )
-def test_every_lane_gets_its_own(monkeypatch, on, total, at_once, widths, batches):
-    """And stands where it was given, whatever config the lanes around it have."""
-    programs = Programs()
-    monkeypatch.setattr(sweep, "make_program", programs)
-    hypers, roots, data = made_up(total, np.random.default_rng(total))
+def test_every_lane_gets_its_own(programs, on, total, at_once, widths, batches):
+    """And stands where it was given, whatever the structure of the lanes around it."""
+    experiments, roots, data = made_up(total, total, ways=3)
+    mine: Any = noisefl.measure.Protocol()
     result: Any = sweep.run(
-        [CONFIGS[n % 3] for n in range(total)], hypers, roots, data, model=many_lanes.Linear(),
-        rounds=5, rounds_per_chunk=2, on=on, lanes_at_once=at_once, calibrator="mine",
+        experiments, roots, data, rounds=5, rounds_per_chunk=2, on=on, lanes_at_once=at_once,
+        measure=mine,
     )  # fmt: skip
-    own = {"calibrator": "mine"}  # handed on to `make_round`
-    assert programs.compiled == [(c, n, own) for c, n in zip(CONFIGS, widths, strict=True)]
+    assert programs.compiled == [(w, n, mine) for w, n in zip(WAYS, widths, strict=True)]
     assert programs.last_rounds == batches  # 0 where nothing is to be run
-    assert result.metrics.round.tolist() == [[1, 2, 3, 4, 5]] * total
-    for name, wanted in (
-        ("owner_accuracy", hypers.learning_rate),
-        ("strength", np.float32(hypers.cap)),
-        ("local_accuracy_max", np.arange(total)),
-        ("training_samples", -np.arange(total)),
-    ):
-        np.testing.assert_array_equal(
-            getattr(result.metrics, name), np.repeat(np.asarray(wanted)[:, None], 5, axis=1)
-        )
+    assert result.metrics["round"].tolist() == [[1, 2, 3, 4, 5]] * total
+    rates, caps = numbers(experiments)
+    places = np.arange(total)
+    for name, wanted in {"rate": rates, "cap": caps, "count": places, "client": -places}.items():
+        repeated = np.repeat(wanted[:, None], 5, axis=1)
+        np.testing.assert_array_equal(result.metrics[name], repeated, name)
     np.testing.assert_array_equal(result.states["seed"], jax.random.key_data(roots))
 
 
-def test_one_number_one_config_and_stacked_data_are_for_all(monkeypatch, on):
-    programs = Programs()
-    monkeypatch.setattr(sweep, "make_program", programs)
-    hypers, roots, data = made_up(3, np.random.default_rng(0))
-    result = sweep.run(
-        CONFIG, hypers.replace(cap=0.25), roots, lanes.stack(data), model=many_lanes.Linear(),
-        rounds=1, on=on,
-    )  # fmt: skip
-    assert np.all(result.metrics.strength == 0.25)
-    assert result.metrics.local_accuracy_max.tolist() == [[0], [1], [2]]
-    np.testing.assert_array_equal(result.metrics.owner_accuracy[:, 0], hypers.learning_rate)
+def test_one_number_one_experiment_and_stacked_data_are_for_all(programs, on):
+    experiments, roots, data = made_up(3, 0)
+    one = changed(parts.lanes(experiments), calibrate.Additive, cap=0.25)
+    result = sweep.run(one, roots, layout.stack(data), rounds=1, on=on)
+    assert np.all(result.metrics["cap"] == 0.25)
+    assert result.metrics["count"].tolist() == [[0], [1], [2]]
+    np.testing.assert_array_equal(result.metrics["rate"][:, 0], numbers(experiments)[0])
     assert [lanes for _, lanes, _ in programs.compiled] == [3]
 
 
@@ -162,7 +169,7 @@ def test_lanes_are_halved_until_they_fit(monkeypatch, wanted, devices, room, tri
 
     def compile(lanes: int) -> sweep.Program:
         sizes.append(lanes)
-        return sweep.Program(cast(Any, f"init {lanes}"), cast(Any, None), int(lanes * 1e9))
+        return program_of(f"init {lanes}", None, int(lanes * 1e9), {})
 
     found, program = sweep.fitting(compile, wanted, across(devices))
     assert sizes == tried
@@ -176,49 +183,76 @@ def test_not_even_one_lane_a_device_fits(monkeypatch, lanes, devices, tried):
 
     def compile(lanes: int) -> sweep.Program:
         sizes.append(lanes)
-        return sweep.Program(cast(Any, None), cast(Any, None), 3_000_000_000)
+        return program_of(None, None, 3_000_000_000, {})
 
     refusal = f"lanes_at_once={devices}: a lane needs 3.0 GB, a device has 2.0"
-    with pytest.raises(ValueError, match=f"^{refusal}$"):
+    with pytest.raises(sweep.TooLarge, match=f"^{refusal}$"):
         sweep.fitting(compile, lanes, across(devices))
     assert sizes == tried
 
 
-def test_what_does_not_fit_goes_in_more_batches(monkeypatch, on):
-    programs = Programs(bytes_a_lane=1000)
-    monkeypatch.setattr(sweep, "make_program", programs)
+def test_what_does_not_fit_goes_in_more_batches(monkeypatch, programs, on):
+    programs.bytes_a_lane = 1000
     monkeypatch.setattr(mesh, "memory_a_device", lambda on: 3000)
-    hypers, roots, data = made_up(8, np.random.default_rng(1))
-    result = sweep.run(CONFIG, hypers, roots, data, model=many_lanes.Linear(), rounds=2, on=on)
+    experiments, roots, data = made_up(8, 1)
+    result = sweep.run(experiments, roots, data, rounds=2, on=on)
     assert [lanes for _, lanes, _ in programs.compiled] == [8, 4, 2]
     assert programs.last_rounds == [[2, 2]] * 4
-    np.testing.assert_array_equal(result.metrics.owner_accuracy[:, 1], hypers.learning_rate)
+    np.testing.assert_array_equal(result.metrics["rate"][:, 1], numbers(experiments)[0])
 
 
 # Refusals
 
 
+def all_lanes(part: type, **numbers: Any) -> Any:
+    return changed(many_lanes.experiment(), part, **numbers)
+
+
+SIX = all_lanes(noisefl.Cohort, clients_per_round=7)
+LAYER = all_lanes(noisefl.noise.Where, noise_layers="conv7")
+CAP = r"experiments\.scheme\.inner\.calibrator\.cap"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": [CONFIG] * 3}, "config='3 lanes': roots has 4"),
+        ({"experiments": [many_lanes.experiment()] * 3}, "experiments='3 lanes': roots has 4"),
         ({"data": 3}, "data='3 lanes': roots has 4"),
-        ({"hypers": Hyper(cap=np.full(3, 0.5))}, r"cap=\(3,\): must be one number, or .* 4 roots"),
-        ({"hypers": Hyper(cap=np.full((4, 2), 0.5))}, r"cap=\(4, 2\): must be"),
+        (
+            {"experiments": all_lanes(calibrate.Additive, cap=np.full(3, 0.5))},
+            rf"{CAP}=\(3,\): must be one number, or one for each of 4 roots$",
+        ),
+        (
+            {"experiments": all_lanes(optimizers.SGD, learning_rate=np.full((4, 2), 0.5))},
+            r"experiments\.local\.optimizer\.learning_rate=\(4, 2\): must be",
+        ),
         ({"data": "one run's"}, "data='of one run': must be of `stack`"),
+        ({"roots": "a key"}, r"roots=\(\): must be an array of keys \[L\]"),
+        ({"roots": 7}, "roots='int': must be an array of keys"),
         ({"rounds": 0}, "rounds=0: must be at least 1"),
+        ({"lanes_at_once": 0}, "lanes_at_once=0: must be at least 1"),
         ({"rounds_per_chunk": 0}, "rounds_per_chunk=0: must be at least 1"),
-        ({"config": dataclasses.replace(CONFIG, noise_layers="conv7")}, "noise_layers='conv7'"),
-        ({"config": dataclasses.replace(CONFIG, num_clients=7)}, "num_clients=7: the data have 6"),
+        ({"experiments": LAYER}, "noise_layers='conv7': must be first, last, all, or match"),
+        ({"experiments": SIX}, "clients_per_round=7: .*6"),
     ],
 )
 def test_what_does_not_agree_is_refused(on, changes, message):
-    hypers, roots, data = made_up(4, np.random.default_rng(0))
-    given = {"config": CONFIG, "hypers": hypers, "roots": roots, "data": data, **changes}
+    experiments, roots, data = made_up(4, 0)
+    given = {"experiments": experiments, "roots": roots, "data": data, **changes}
     if given["data"] == 3:
         given["data"] = data[:3]
     if given["data"] == "one run's":  # of as many clients as there are lanes
         given["data"] = data[0].replace(counts=data[0].counts[:4], clients=data[0].clients[:4])
+    if given["roots"] == "a key":
+        given["roots"] = roots[0]
     with pytest.raises(ValueError, match=f"^{message}") as caught:
-        sweep.run(model=many_lanes.Linear(), on=on, **{"rounds": 2, **given})
+        sweep.run(on=on, **{"rounds": 2, **given})
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_lanes_that_are_other_programs_are_no_lanes():
+    pair, subtract = made_up(2, 0, ways=2)[0]
+    with pytest.raises(ValueError, match=r"^lanes=1: differs from lane 0 in more than numbers$"):
+        parts.lanes([pair, subtract])
+    with pytest.raises(ValueError, match=r"^lanes=\[\]: must be at least one experiment$"):
+        parts.lanes([])

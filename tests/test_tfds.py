@@ -13,16 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import (
-    assert_same,
-    idx_bytes,
-    late,
-    pairs,
-    refuses,
-    tiny,
-    write_idx,
-    write_prepared,
-)
+from data_files import assert_same, idx_bytes, late, pairs, refuses, tiny, write_idx, write_prepared
 
 from noisefl.data import load
 from noisefl.data import tfds as tfds_route
@@ -107,7 +98,7 @@ def test_prepared_data_that_cannot_be_used(tmp_path, monkeypatch):
     assert "stored as tfrecord" in refuses("cifar10", data_dir=root)
     message = refuses("cifar10", data_dir=str(tmp_path))  # nothing prepared
     assert "noisefl[tfds]" in message
-    assert "--data_dir" in message
+    assert "as data_dir" in message
 
 
 def test_unsuitable_names():
@@ -152,7 +143,7 @@ def refuses_in_time(monkeypatch, tmp_path: Path, url: str) -> str:
     start = time.monotonic()
     message = refuses("fashion_mnist", data_dir=str(tmp_path / "home"))
     assert time.monotonic() - start < 15
-    for remedy in ("train-images-idx3-ubyte.gz", "--data_dir", "embedded mnist", ".npz"):
+    for remedy in ("train-images-idx3-ubyte.gz", "as data_dir", "embedded mnist", ".npz"):
         assert remedy in message
     return message
 
@@ -165,6 +156,8 @@ def test_no_connection_is_told_in_time(tmp_path, monkeypatch):
 
 
 def test_silent_server_is_told_in_time(tmp_path, monkeypatch):
+    assert tfds_route.OFFLINE_SECONDS < 10
+    monkeypatch.setattr(tfds_route, "OFFLINE_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         assert "Timeout" in refuses_in_time(monkeypatch, tmp_path, url)
@@ -178,7 +171,7 @@ def test_stuck_name_lookup_is_told_in_time(tmp_path, monkeypatch):
         raise socket.gaierror("released")
 
     monkeypatch.setattr(socket, "getaddrinfo", stuck)
-    monkeypatch.setattr(tfds_route, "OFFLINE_SECONDS", 1.0)  # of 8, to keep the test short
+    monkeypatch.setattr(tfds_route, "OFFLINE_SECONDS", 0.5)
     try:
         assert "no answer" in refuses_in_time(monkeypatch, tmp_path, "http://example.invalid/")
     finally:

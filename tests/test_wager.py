@@ -1,4 +1,4 @@
-"""`wager` against plain NumPy in float64, exact expectations and exact error rates.
+"""`wager` against plain NumPy in float64, exact expectations, and error rates.
 
 All answers are computed here from the docstring: a gambler against "accuracy ≥ aim" stakes λ, a
 fraction of 1 / (1 − aim), and has Π (1 + λ (aim − x)) after blocks x; against "accuracy ≤ aim" it
@@ -91,13 +91,6 @@ def test_capital_and_outcome_are_those_of_a_loop(chunks, size):
     }
 
 
-def test_a_start_is_worth_one():
-    np.testing.assert_array_equal(np.asarray(wager.start()), np.zeros((2, len(WEIGHTS))))
-    assert sum(WEIGHTS) == pytest.approx(1, abs=1e-12)
-    assert min(WEIGHTS) > 0
-    assert 0 < min(BOLDNESS) <= max(BOLDNESS) < 1
-
-
 @pytest.mark.parametrize("aim", AIMS)
 def test_the_capital_is_a_supermartingale(aim):
     """Summed over all outcomes of three blocks of strata of unequal weights and accuracies."""
@@ -120,69 +113,6 @@ def test_the_capital_is_a_supermartingale(aim):
                 assert over.max() <= 1 + 1e-3
             if mean == aim:  # then a martingale
                 np.testing.assert_allclose([under, over], 1, atol=1e-3)
-
-
-def crossings(strata, aim: float, error: float, blocks: int) -> tuple[float, float]:
-    """P(under, ever), P(over first) of blocks of strata ((weight, accuracy), …), exactly.
-
-    Blocks of at most three different shares, so that two counts are all there is to know.
-    """
-    atoms: dict[float, float] = {}
-    for bits in itertools.product((0, 1), repeat=len(strata)):
-        x = round(sum(w * b for (w, _), b in zip(strata, bits, strict=True)), 12)
-        q = math.prod(p if b else 1 - p for (_, p), b in zip(strata, bits, strict=True))
-        if q > 0:
-            atoms[x] = atoms.get(x, 0) + q
-    assert len(atoms) <= 3
-    values, chances = [*atoms, 0.0, 0.0][:3], [*atoms.values(), 0.0, 0.0][:3]
-    sides = {over: stakes(values, aim, over) for over in (False, True)}
-    alive, under, given_up = np.ones((1, 1)), 0.0, 0.0  # alive[a, b]: undecided, with those counts
-    for block in range(1, blocks + 1):
-        wider = np.zeros((len(alive) + 1, alive.shape[1] + (len(atoms) > 2)))
-        for (down, right), q in zip(((0, 0), (1, 0), (0, 1)), chances, strict=True):
-            if q > 0:
-                wider[down : down + len(alive), right : right + alive.shape[1]] += q * alive
-        alive = wider
-        a, b = np.indices(alive.shape)
-        counts = np.stack([block - a - b, a, b], axis=-1)
-        yes, no = (
-            pooled(counts @ sides[over]) >= -math.log(bound)
-            for over, bound in ((False, error), (True, FUTILE))
-        )
-        under, given_up = under + alive[yes].sum(), given_up + alive[no & ~yes].sum()
-        alive = np.where(yes | no, 0, alive)
-    return under, given_up
-
-
-def populations(mean: float) -> dict[str, list[tuple[float, float]]]:
-    """(weight, accuracy) of each stratum, with that mean."""
-    far, known = min(mean, 1 - mean), float(mean > 0.5)
-    return {
-        "one image": [(1.0, mean)],
-        "two apart": [(0.5, mean + 0.9 * far), (0.5, mean - 0.9 * far)],
-        "one known": [(0.5, known), (0.5, 2 * mean - known)],
-        "a light one known": [(w := 0.7 * far, known), (1 - w, (mean - w * known) / (1 - w))],
-    }
-
-
-@pytest.mark.parametrize("kind", populations(0.5))
-@pytest.mark.parametrize("error", [0.0075, 0.05, 0.3])
-@pytest.mark.parametrize("aim", [0.15, 0.6, 0.9])
-def test_exact_error_rates(aim, error, kind):
-    """Of the definition, which `test_capital_and_outcome_are_those_of_a_loop` ties to the library.
-
-    Against copies exactly at the aim the bound is not idle, whatever the strata.
-    """
-
-    blocks = 80 if kind == "two apart" else 300
-    lower, at_aim, higher = (
-        crossings(populations(mean)[kind], aim, error, blocks)
-        for mean in (aim - 0.02, aim, aim + 0.02)
-    )
-    assert error / 40 < at_aim[0] <= error
-    assert FUTILE / 40 < at_aim[1] <= FUTILE
-    assert higher[0] <= error
-    assert lower[1] <= FUTILE
 
 
 @pytest.mark.parametrize("error", [0.0075, 0.05, 0.3])
@@ -242,27 +172,23 @@ def test_strata_save_images():
     assert shown[1] < 0.6
 
 
-@pytest.mark.parametrize("aim", [5e-4, 1e-6])
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_an_aim_near_zero_accepts_no_accurate_copy(aim, share):
-    """`check_hyper` allows any cap in (0, 1) and any margin below."""
-    shares = np.where(np.arange(400) % 2, share, 2 * share - 1).reshape(1, 100, 4)
-    found, seen = in_chunks(shares.astype(np.float32), *np.array([[aim], [0.01]]))
-    assert not seen.under.any()
-    assert seen.over[0, 0]
-    assert not np.isnan(np.asarray(found)).any()
-
-
-def test_an_aim_near_one_accepts_weak_copies_alone():
-    for share in (0.0, 0.9, 1.0):
+@pytest.mark.parametrize("aim", [5e-4, 1e-6, 0.9995])
+def test_an_aim_near_zero_or_one_accepts_weak_copies_alone(aim):
+    """A rule's `check` allows any cap in (0, 1) and any margin below."""
+    for share in (0.5, 0.9, 1.0):
         shares = np.full((1, 100, 4), share, np.float32)
-        found, seen = in_chunks(shares, *np.array([[0.9995], [0.01]]))
-        assert seen.under.any() == (share < 1)
+        found, seen = in_chunks(shares, *np.array([[aim], [0.01]]))
+        assert seen.under.any() == (share < aim)
+        assert seen.over[0, 0] or share < aim or aim > 0.5
         assert not np.isnan(np.asarray(found)).any()
 
 
-def test_shares_of_error_sum_to_one():
+def test_stakes_are_worth_one_and_shares_of_error_sum_to_one():
     """Σ_{j=2}^{J} 1/(j(j − 1)) = 1 − 1/J, so that the shares of J attempts are 1 − 1/(4J)."""
+    np.testing.assert_array_equal(np.asarray(wager.start()), np.zeros((2, len(WEIGHTS))))
+    assert sum(WEIGHTS) == pytest.approx(1, abs=1e-12)
+    assert min(WEIGHTS) > 0
+    assert 0 < min(BOLDNESS) <= max(BOLDNESS) < 1
     number = np.arange(1, 5001)
     shares = np.asarray(jax.vmap(wager.share_of_error)(jnp.asarray(number)), np.float64)
     assert np.all(shares > 0)

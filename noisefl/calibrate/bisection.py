@@ -1,89 +1,79 @@
 """One draw, whose weakest strength that holds is bracketed and halved on log σ."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from noisefl import keys
-from noisefl.calibrate.base import Calibration, Calibrator, Probe, Reading, holds, warm_start
-from noisefl.config import Hyper
+from noisefl.calibrate.base import Decision, Evidence, Probe, Search
+from noisefl.calibrate.loop import ON_SPLIT
+from noisefl.parts import Number, number, part
 
 
 class _Bracket(NamedTuple):
-    low: jax.Array  # float32 []: strongest that failed; σ0 / 2 where none did
+    low: jax.Array  # float32 []: strongest that failed; 0 where only the bare base did
     high: jax.Array  # float32 []: weakest that held; infinite where none did
     at: jax.Array  # float32 []: the last try
-    reading: Reading  # of `high`, or of the last try where none held; costs of all tries
-    tries: jax.Array  # int32 []
+    accuracy: jax.Array  # float32 [V], of `high`, or of the last try where none held
+    probe: Probe
 
 
-def bisection(tolerance: float = 1.05) -> Calibrator:
+@part
+class Bisection(Search):
     """Doubles or halves the last round's strength to a bracket, then halves the bracket.
 
-    Ends when the bracket is within `tolerance`, at σ0 if that holds, at σ_max if that fails, or
-    after `max_tries`. Where accuracy does not fall with the strength it ends at some strength that
-    holds next to one that does not.
+    A bare base that holds is handed out; where it fails one try with noise follows in any case.
+    Ends when the bracket is within `tolerance`, if σ_max fails, or after `max_tries`, the look at
+    the bare base included. Where accuracy does not fall with the strength it ends at some strength
+    that holds next to one that does not.
 
-    Guarantee: a feasible pair's accuracies on the N images of the judging split are at or under
-    cap − cap_margin: it was evaluated on all of them. Nothing is said of other images; the search
-    over tries makes a pair just under the cap on these likelier than its like on others.
-
-    Args:
-      tolerance: largest ratio of the strength that ships over the strongest seen to fail.
+    Guarantee: as `Loop`: the copies of a feasible round were evaluated on all N images, and on
+    those alone.
     """
 
-    def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
-        del base
-        draw = probe.draw(keys.stream(key, "draw"))
-        floor, top = jnp.float32(hyper.strength), jnp.float32(hyper.strength_max)
+    guarantee: ClassVar[str] = ON_SPLIT
 
-        def tried(last: _Bracket, strength: jax.Array) -> _Bracket:
-            new = probe.accuracy(draw, strength)
-            good = holds(new, hyper)
-            keep = ~good & jnp.isfinite(last.high)  # an earlier try still ships
-            reading = Reading(
-                plus=jnp.where(keep, last.reading.plus, new.plus),
-                minus=jnp.where(keep, last.reading.minus, new.minus),
-                evaluations=last.reading.evaluations + new.evaluations,
-                samples=last.reading.samples + new.samples,
-            )
-            low = jnp.where(good, last.low, jnp.maximum(last.low, strength))
-            high = jnp.where(good, jnp.minimum(last.high, strength), last.high)
-            return _Bracket(low, high, strength, reading, last.tries + 1)
+    tolerance: Number = number(
+        1.05, "largest ratio of what ships over the strongest that failed", low=1, inside="()"
+    )
+
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: jax.Array
+    ) -> tuple[Decision, Evidence, Probe, jax.Array]:
+        top = jnp.float32(self.strength_max)
+        draw = probe.draw(keys.stream(key, "draw"))
 
         def unfinished(last: _Bracket) -> jax.Array:
-            found = jnp.isfinite(last.high)
-            done = jnp.where(
-                found,
-                (last.high <= last.low * tolerance) | (last.high <= floor),
-                last.low >= top,
-            )
-            return ~done & (last.tries < hyper.max_tries)
+            found, tries = jnp.isfinite(last.high), last.probe.bill.tries
+            done = jnp.where(found, last.high <= last.low * self.tolerance, last.low >= top)
+            return ~done & ((tries < self.max_tries) | (tries == 1))
 
         def again(last: _Bracket) -> _Bracket:
-            found, failed = jnp.isfinite(last.high), last.low >= floor
+            found, failed = jnp.isfinite(last.high), last.low > 0
             middle = jnp.sqrt(last.low * last.high)
-            down, up = jnp.maximum(last.high / 2, floor), jnp.minimum(last.low * 2, top)
-            return tried(last, jnp.where(found, jnp.where(failed, middle, down), up))
+            down, up = last.high / 2, jnp.minimum(last.low * 2, top)
+            strength = jnp.where(found, jnp.where(failed, middle, down), up)
+            first = last.probe.bill.tries == 1
+            strength = jnp.where(first, self.warm_start(carry), strength)
 
-        none, zero = jnp.int32(0), jnp.float32(0)
-        start = warm_start(carry, hyper, 1.0)
-        empty = Reading(zero, zero, none, none)
-        first = _Bracket(floor / 2, jnp.float32(jnp.inf), start, empty, none)
-        last = lax.while_loop(unfinished, again, tried(first, start))
+            new, probe = last.probe.accuracy(draw, strength)
+            good = self.holds(new)
+            return _Bracket(
+                low=jnp.where(good, last.low, jnp.maximum(last.low, strength)),
+                high=jnp.where(good, jnp.minimum(last.high, strength), last.high),
+                at=strength,
+                accuracy=jnp.where(~good & found, last.accuracy, new),  # else `high` still ships
+                probe=probe,
+            )
+
+        none = jnp.float32(0)
+        bare, probe = probe.bare()
+        seen = jnp.full(probe.variants, bare)
+        high = jnp.where(self.holds(seen), none, jnp.inf)
+        last = lax.while_loop(unfinished, again, _Bracket(none, high, none, seen, probe))
         found = jnp.isfinite(last.high)
         strength = jnp.where(found, last.high, last.at)
-        return Calibration(
-            draw=draw,
-            strength=strength,
-            feasible=found,
-            plus_accuracy=last.reading.plus,
-            minus_accuracy=last.reading.minus,
-            tries=last.tries,
-            evaluations=last.reading.evaluations,
-            samples=last.reading.samples,
-        ), jnp.where(found, strength, carry)
-
-    return Calibrator(init=lambda: jnp.float32(jnp.nan), calibrate=calibrate)
+        remembered = jnp.where(found & (strength > 0), strength, carry)
+        return Decision(draw, strength, found), Evidence(last.accuracy), last.probe, remembered

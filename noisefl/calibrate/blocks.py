@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from noisefl.calibrate.base import Probe, num_classes
+from noisefl import evaluate
+from noisefl.calibrate.base import Probe
 
 STRATA = 10
 
@@ -34,6 +35,11 @@ class Blocks(NamedTuple):
         images = self.images[start:stop]
         number = jnp.clip(self.number - start, 0, images.shape[0])
         return Blocks(images, self.weights, number)
+
+    def accuracy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """float32 []: that of all blocks, of logits [T · S, C] and labels int32 [T · S]."""
+        right = evaluate.correct(logits, labels).reshape(self.images.shape)
+        return jnp.mean(right.astype(jnp.float32), axis=0) @ self.weights
 
 
 def blocks(key: jax.Array, labels: jax.Array, num_classes: int, images: int) -> Blocks:
@@ -77,7 +83,7 @@ def blocks(key: jax.Array, labels: jax.Array, num_classes: int, images: int) -> 
 def deal(key: jax.Array, probe: Probe, images: int, stratified: bool) -> Blocks:
     """Of the judging split; not `stratified`, any images, as if all were of one class."""
     if stratified:
-        return blocks(key, probe.labels, num_classes(probe), images)
+        return blocks(key, probe.labels, probe.num_classes, images)
     order = jax.random.permutation(key, probe.labels.shape[0])[:images]
     strata = min(STRATA, order.size)
     number = order.size // strata

@@ -1,31 +1,32 @@
 """One strength for all rounds, verified but never adapted."""
 
+from typing import Any, ClassVar
+
+import jax
 import jax.numpy as jnp
 
 from noisefl import keys
-from noisefl.calibrate.base import Calibration, Calibrator, Probe, holds
-from noisefl.config import Hyper
+from noisefl.calibrate.base import Calibrator, Decision, Evidence, Probe
+from noisefl.calibrate.loop import ON_SPLIT
+from noisefl.parts import Number, number, part
 
 
-def fixed() -> Calibrator:
+@part
+class Fixed(Calibrator):
     """One draw at σ0, evaluated once so that `feasible` is honest. Controls the cap in no way.
 
-    Guarantee: as `bisection`, of the rounds that are feasible.
+    Guarantee: as `Loop`, of the rounds that are feasible.
     """
 
-    def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
-        del base
-        draw, strength = probe.draw(keys.stream(key, "try", 0)), jnp.float32(hyper.strength)
-        reading = probe.accuracy(draw, strength)
-        return Calibration(
-            draw=draw,
-            strength=strength,
-            feasible=holds(reading, hyper),
-            plus_accuracy=reading.plus,
-            minus_accuracy=reading.minus,
-            tries=jnp.int32(1),
-            evaluations=reading.evaluations,
-            samples=reading.samples,
-        ), carry
+    guarantee: ClassVar[str] = ON_SPLIT
 
-    return Calibrator(init=lambda: (), calibrate=calibrate)
+    strength: Number = number(
+        1.0, "of the first try, where nothing better is known", unit="σ, or r", low=0
+    )
+
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: Any
+    ) -> tuple[Decision, Evidence, Probe, Any]:
+        draw, strength = probe.draw(keys.stream(key, "try", 0)), jnp.float32(self.strength)
+        accuracy, probe = probe.accuracy(draw, strength)
+        return Decision(draw, strength, self.holds(accuracy)), Evidence(accuracy), probe, carry

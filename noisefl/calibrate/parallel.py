@@ -1,92 +1,83 @@
 """Many draws and strengths at once: one large batch keeps an accelerator busy."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from noisefl import keys
-from noisefl.calibrate.base import Calibration, Calibrator, Draw, Probe, holds, warm_start
-from noisefl.config import Hyper
+from noisefl.calibrate.base import Decision, Draw, Evidence, Probe, Search
+from noisefl.calibrate.loop import ON_SPLIT
+from noisefl.parts import Number, number, part, size
 
 
 class _Batch(NamedTuple):
     number: jax.Array  # int32 []: batches so far
     draw: Draw  # the choice of the last one
-    strength: jax.Array
-    plus: jax.Array
-    minus: jax.Array
-    holds: jax.Array
+    strength: jax.Array  # float32 []
+    accuracy: jax.Array  # float32 [V]
+    holds: jax.Array  # bool []
     top: jax.Array  # float32 []: the strongest tried
-    evaluations: jax.Array
-    samples: jax.Array
+    probe: Probe
 
 
-def parallel(draws: int = 2, strengths: int = 8) -> Calibrator:
+@part
+class Parallel(Search):
     """Evaluates draws × strengths as one batch; the weakest that holds wins.
 
-    The strengths are a ladder by `strength_factor`, from two steps below the last round's. While
-    none holds, the next batch takes fresh draws and goes on where the ladder ended, up to σ_max,
-    as long as `max_tries` allows a whole batch more.
+    A bare base that holds is handed out. The strengths are a ladder by `strength_factor`, from two
+    steps below the last round's. While none holds, the next batch takes fresh draws and goes on
+    where the ladder ended, up to σ_max, as long as `max_tries`, of which the look at the bare base
+    is one, allows a whole batch more. A batch is never cut: the first goes even beyond `max_tries`.
 
-    Guarantee: as `bisection`: on the N images of the judging split, and on those alone.
-
-    Args:
-      draws: side by side.
-      strengths: of each. A batch is never cut: the first goes even beyond `max_tries`.
+    Guarantee: as `Loop`: on the N images of the judging split, and on those alone.
     """
-    each = draws * strengths
 
-    def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
-        del base
-        factor, top = jnp.float32(hyper.strength_factor), jnp.float32(hyper.strength_max)
+    guarantee: ClassVar[str] = ON_SPLIT
 
-        def batch(number: jax.Array, start: jax.Array, spent: tuple[jax.Array, jax.Array]):
-            ladder = jnp.minimum(start * factor ** jnp.arange(strengths), top)
-            stream = keys.stream(key, "batch", number)
-            drawn = jax.vmap(lambda d: probe.draw(keys.stream(stream, "draw", d)))(
-                jnp.arange(draws)
-            )
-            of_draw = jax.vmap(lambda strength, draw: probe.accuracy(draw, strength), (0, None))
-            readings = jax.vmap(lambda draw: of_draw(ladder, draw))(drawn)
-            good = holds(readings, hyper)  # [draws, strengths]
-            rank = jnp.where(good, ladder, jnp.inf)
-            some = jnp.any(good)
-            best = jnp.where(some, jnp.argmin(rank), strengths - 1)  # else the strongest
-            row, column = best // strengths, best % strengths
-            return _Batch(
-                number=number + 1,
-                draw=jax.tree.map(lambda leaf: leaf[row], drawn),
-                strength=ladder[column],
-                plus=readings.plus[row, column],
-                minus=readings.minus[row, column],
-                holds=some,
-                top=ladder[-1],
-                evaluations=spent[0] + jnp.sum(readings.evaluations),
-                samples=spent[1] + jnp.sum(readings.samples),
-            )
+    strength_factor: Number = number(1.25, "multiplied a try", low=1, inside="()")
+    draws: int = size(2, "draws side by side", unit="draws")
+    strengths: int = size(8, "strengths of each draw", unit="strengths")
 
-        def again(last: _Batch) -> _Batch:
-            start = jnp.minimum(last.top * factor, top)
-            return batch(last.number, start, (last.evaluations, last.samples))
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: jax.Array
+    ) -> tuple[Decision, Evidence, Probe, jax.Array]:
+        factor, top = jnp.float32(self.strength_factor), jnp.float32(self.strength_max)
+        start = self.warm_start(carry) / factor**2
+
+        def draw_of(batch: jax.Array, number: jax.Array) -> Draw:
+            return probe.draw(keys.stream(keys.stream(key, "batch", batch), "draw", number))
 
         def unfinished(last: _Batch) -> jax.Array:
-            return ~last.holds & ((last.number + 1) * each <= hyper.max_tries)
+            whole = last.probe.bill.tries + self.draws * self.strengths <= self.max_tries
+            return ~last.holds & (whole | (last.number == 0))
 
-        none = jnp.int32(0)
-        start = warm_start(carry, hyper, 1.0)
-        start = jnp.maximum(start / factor**2, jnp.float32(hyper.strength))
-        last = lax.while_loop(unfinished, again, batch(none, start, (none, none)))
-        return Calibration(
-            draw=last.draw,
-            strength=last.strength,
-            feasible=last.holds,
-            plus_accuracy=last.plus,
-            minus_accuracy=last.minus,
-            tries=last.number * each,
-            evaluations=last.evaluations,
-            samples=last.samples,
-        ), jnp.where(last.holds, last.strength, carry)
+        def again(last: _Batch) -> _Batch:
+            first = jnp.where(last.number == 0, start, last.top * factor)
+            ladder = jnp.minimum(first * factor ** jnp.arange(self.strengths), top)
+            drawn = jax.vmap(lambda d: draw_of(last.number, d))(jnp.arange(self.draws))
+            accuracies, probe = last.probe.accuracies(drawn, ladder)
+            good = self.holds(accuracies)  # [draws, strengths]
+            some = jnp.any(good)
+            rank = jnp.where(good, ladder, jnp.inf)
+            best = jnp.where(some, jnp.argmin(rank), self.strengths - 1)  # else the strongest
+            row, column = best // self.strengths, best % self.strengths
+            return _Batch(
+                number=last.number + 1,
+                draw=jax.tree.map(lambda leaf: leaf[row], drawn),
+                strength=ladder[column],
+                accuracy=accuracies[row, column],
+                holds=some,
+                top=ladder[-1],
+                probe=probe,
+            )
 
-    return Calibrator(init=lambda: jnp.float32(jnp.nan), calibrate=calibrate)
+        none, nothing = jnp.int32(0), jnp.float32(0)
+        bare, probe = probe.bare()
+        seen = jnp.full(probe.variants, bare)
+        begin = _Batch(none, draw_of(none, none), nothing, seen, self.holds(seen), nothing, probe)
+        last = lax.while_loop(unfinished, again, begin)
+        remembered = jnp.where(last.holds & (last.strength > 0), last.strength, carry)
+        decision = Decision(last.draw, last.strength, last.holds)
+        return decision, Evidence(last.accuracy), last.probe, remembered

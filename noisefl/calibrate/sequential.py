@@ -3,53 +3,38 @@
 ALGORITHM.md, "One round", the while loop; `climb` and `wager` for the test.
 """
 
-import jax.numpy as jnp
+import jax
 
 from noisefl import keys
-from noisefl.calibrate.base import Calibrator, Probe, warm_start
-from noisefl.calibrate.blocks import deal
-from noisefl.calibrate.climb import climb
+from noisefl.calibrate.base import Decision, Evidence, Probe
+from noisefl.calibrate.climb import Tested, climb
+from noisefl.parts import part
 
 
-def sequential(
-    chunk: int = 50, limit: int = 1500, step: float = 1.1, stratified: bool = True
-) -> Calibrator:
+@part
+class Sequential(Tested):
     """Climbs from below the last round's strength until the test accepts a fresh draw.
 
-    Fresh draws find those that degrade both copies at little strength. Raising one draw until it
-    does, however strong that is, broke models down, and so did steps of 1.2 (BUILD_NOTES.md).
+    Where the bare base is at or under the aim on the scouts, it is the first to be tested. Fresh
+    draws find those that degrade all copies at little strength. Raising one draw until it does,
+    however strong that is, broke models down, and so did steps of 1.2 (BUILD_NOTES.md).
 
-    Guarantee: the chance, over the images and their order, that a round ships as feasible a pair of
-    which one copy's accuracy exceeds cap − cap_margin is at most δ = `Hyper.error_rate`, whatever
-    the draw, for a base and a first strength that do not depend on the judging split. That is so in
-    the first protected round. Later ones know the split through the strengths that shipped before
-    (and through accuracies, with `keep_best`, `warmup="until_cap"` or `on_infeasible="skip"`).
-
-    Accuracy is that on new images with classes as frequent as in the judging split. Where the
-    split's labels are themselves a small sample, their frequencies are off by chance, which δ does
-    not cover: N = 2,000 is too few, 10,000 are enough (BUILD_NOTES.md). Without `stratified` it is
-    the accuracy on new images and labels, for any N, and twice the images are needed.
-
-    Args:
-      chunk: images between two looks.
-      limit: images that one copy is judged on at most; undecided then, it does not hold.
-      step: factor between two tries.
-      stratified: whether each look takes the classes in their proportions.
+    Guarantee: as `Tested`. The scouts are none of the images that it tests on.
     """
 
-    def calibrate(key, base, probe: Probe, hyper, carry):
-        del base
-        jury = deal(keys.stream(key, "images"), probe, limit, stratified)
-        found = climb(
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: jax.Array
+    ) -> tuple[Decision, Evidence, Probe, jax.Array]:
+        scouts, jury = self.seat(key, probe)
+        images = scouts.images.reshape(-1)
+        clean, probe = probe.clean(images)
+        decision, evidence, probe = climb(
+            self,
             probe,
-            lambda number: probe.draw(keys.stream(key, "draw", number)),
-            warm_start(carry, hyper, 0.7),
-            jury,
-            hyper,
-            step,
-            chunk,
+            draw_of=lambda number: probe.draw(keys.stream(key, "draw", number)),
+            bare=scouts.accuracy(clean, probe.labels[images]) <= self.aim,
+            start=self.warm_start(carry, 0.7),
+            jury=jury,
             redraw=True,
         )
-        return found, jnp.where(found.feasible, found.strength, carry)
-
-    return Calibrator(init=lambda: jnp.float32(jnp.nan), calibrate=calibrate)
+        return decision, evidence, probe, self.remembered(decision, carry)

@@ -1,62 +1,73 @@
 """Proxies that never look at an accuracy: what it costs to have no guarantee."""
 
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
 from noisefl import keys
-from noisefl.calibrate.base import Calibration, Calibrator, Draw, Probe
-from noisefl.config import Hyper
+from noisefl.calibrate.base import Calibrator, Decision, Evidence, Probe, below, unseen
+from noisefl.parts import Number, number, part, size
 
 
-def _shipped(draw: Draw, strength: jax.Array, evaluations: int, samples: int) -> Calibration:
-    """A calibration that nobody vouches for: never `feasible`."""
-    nan = jnp.float32(jnp.nan)
-    count = jnp.int32
-    return Calibration(
-        draw, strength, jnp.bool_(False), nan, nan, count(1), count(evaluations), count(samples)
+@part
+class Unverified(Calibrator):
+    """One draw at σ0, not looked at. Where the scale is relative that is a fixed r.
+
+    Guarantee: none; no round is feasible.
+    """
+
+    strength: Number = number(
+        1.0, "of the first try, where nothing better is known", unit="σ, or r", low=0
     )
 
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: Any
+    ) -> tuple[Decision, Evidence, Probe, Any]:
+        draw = probe.draw(keys.stream(key, "draw"))
+        found = Decision(draw, jnp.float32(self.strength), jnp.bool_(False))
+        return found, unseen(probe.variants), probe, carry
 
-def unverified() -> Calibrator:
-    """One draw at σ0, not looked at. With noise_scale="relative" that is a fixed r.
 
-    Guarantee: none.
+@part
+class SNR(Calibrator):
+    """The strength at which the logits' noise is a given share of their spread, from few images.
+
+    The noise is measured at σ0 and taken to be proportional to the strength. A base whose logits
+    are dead or have no spread, and one that the noise does not move, get σ0.
+
+    Guarantee: none; no round is feasible.
     """
 
-    def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
-        del base
-        draw = probe.draw(keys.stream(key, "draw"))
-        return _shipped(draw, jnp.float32(hyper.strength), 0, 0), carry
+    judges: ClassVar[tuple[str, ...]] = ("linear", "smooth")
 
-    return Calibrator(init=lambda: (), calibrate=calibrate)
+    signal_ratio: Number = number(1.0, "noise of the logits over their spread", low=0, inside="()")
+    strength: Number = number(
+        1.0, "of the first try, where nothing better is known", unit="σ, or r", low=0, inside="()"
+    )
+    strength_max: Number = number(
+        50.0, "σ_max, the largest strength", unit="σ, or r", low=0, inside="()"
+    )
+    images: int = size(64, "images of which logits are taken", unit="images")
 
+    def check(self) -> None:
+        super().check()
+        below(self, "strength", "strength_max")
 
-def snr(images: int = 64) -> Calibrator:
-    """The strength at which the logits' noise is σ0 times their spread, from few images.
-
-    The noise is measured at σ0 and taken to be proportional to the strength.
-
-    Guarantee: none.
-
-    Args:
-      images: of which logits are taken.
-    """
-
-    def calibrate(key, base, probe: Probe, hyper: Hyper, carry):
-        del base
-        size = probe.labels.shape[0]
-        number = min(images, size)
-        chosen = jax.random.permutation(keys.stream(key, "images"), size)[:number]
-        draw = probe.draw(keys.stream(key, "draw"))
-        strength = jnp.float32(hyper.strength)
-        signed = strength * jnp.asarray([0.0, 1.0, -1.0])
-        clean, *pair = probe.logits(draw, signed, chosen.astype(jnp.int32))
+    def calibrate(
+        self, key: jax.Array, probe: Probe, carry: Any
+    ) -> tuple[Decision, Evidence, Probe, Any]:
+        number = min(self.images, probe.size)
+        order = jax.random.permutation(keys.stream(key, "images"), probe.size)
+        chosen = order[:number].astype(jnp.int32)
+        draw, shared = probe.draw(keys.stream(key, "draw")), probe.below(chosen)
+        clean, probe = probe.clean(chosen, shared)
+        first = jnp.float32(self.strength)
+        copies, probe = probe.logits(draw, first, chosen, shared)
         spread = jnp.std(clean - jnp.mean(clean, axis=1, keepdims=True))
-        noise = jnp.sqrt(jnp.mean(jnp.square(jnp.stack(pair) - clean)))
-        strength = strength * strength * spread / noise
-        # A dead base has no spread, or NaN: then σ0.
-        low, high = jnp.float32(hyper.strength), jnp.float32(hyper.strength_max)
-        strength = jnp.where(jnp.isfinite(strength), jnp.clip(strength, low / 100, high), low)
-        return _shipped(draw, strength, 3, 3 * number), carry
-
-    return Calibrator(init=lambda: (), calibrate=calibrate)
+        noise = jnp.sqrt(jnp.mean(jnp.square(copies - clean)))
+        strength = self.signal_ratio * first * spread / noise
+        sound = jnp.isfinite(strength) & (strength > 0)
+        strength = jnp.where(sound, jnp.minimum(strength, self.strength_max), first)
+        found = Decision(draw, strength, jnp.bool_(False))
+        return found, unseen(probe.variants), probe, carry

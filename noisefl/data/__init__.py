@@ -1,16 +1,12 @@
 """Data: a name or a path → arrays → client table → what a round reads on the device."""
 
-from noisefl.data.federated import FederatedData, federate, holdings
-from noisefl.data.load import Dataset, load
-from noisefl.data.partition import SCHEMES, Partition, partition
-
-__all__ = [
-    "SCHEMES",
-    "Dataset",
-    "FederatedData",
-    "Partition",
-    "federate",
-    "holdings",
-    "load",
-    "partition",
-]
+from noisefl.data.federated import Deal as Deal
+from noisefl.data.federated import Federation as Federation
+from noisefl.data.federated import Images as Images
+from noisefl.data.federated import federate as federate
+from noisefl.data.federated import holdings as holdings
+from noisefl.data.load import Dataset as Dataset
+from noisefl.data.load import load as load
+from noisefl.data.partition import PARTITIONS as PARTITIONS
+from noisefl.data.partition import Partition as Partition
+from noisefl.data.partition import partition as partition

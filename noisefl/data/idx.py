@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from noisefl.config import refuse
+from noisefl.errors import refuse
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # train x, y, then test x, y
 

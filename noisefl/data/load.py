@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from noisefl.config import refuse
 from noisefl.data import idx, tfds
+from noisefl.errors import refuse
 
 _NPZ_KEYS = (  # of Keras, then our own
     ("x_train", "y_train", "x_test", "y_test"),

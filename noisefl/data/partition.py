@@ -1,15 +1,15 @@
 """Which client holds which training image: labels → a client table of indices, in NumPy.
 
-Every scheme hands out every image exactly once: the clients are a partition of 0 … N − 1.
+Every partition hands out every image exactly once: the clients are a partition of 0 … N − 1.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from noisefl.config import nearest, refuse
+from noisefl.errors import nearest, refuse
 
-SCHEMES = ("iid", "shards", "dirichlet", "lognormal")
+PARTITIONS = ("iid", "shards", "dirichlet", "lognormal")
 
 
 class Partition(NamedTuple):
@@ -28,24 +28,24 @@ class Partition(NamedTuple):
 def partition(
     labels: np.ndarray,
     num_clients: int,
-    scheme: str,
+    how: str,
     seed: int | np.random.SeedSequence,
     *,
     shards_per_client: int = 2,
-    alpha: float = 0.5,
+    dirichlet_alpha: float = 0.5,
     size_sigma: float = 1.0,
 ) -> Partition:
     """Deals N images out to K clients, each image to exactly one and at least one to each.
 
-    Schemes:
+    Ways:
       - `"iid"`: a random permutation cut into K parts whose sizes differ by at most one.
       - `"shards"`: McMahan et al. 2017, section 3: sort by label (stably), cut into
         K · shards_per_client contiguous shards, give each client shards_per_client of them at
         random. Where N is not a multiple, the first N mod K · shards_per_client shards are one
         image longer, so that nothing is dropped.
       - `"dirichlet"`: Yurochkin et al. 2019, section 4: each class is split over the clients in
-        proportions drawn from Dirichlet(alpha · 1_K). Sizes become unequal as well as labels.
-        A client left empty then receives one image from the largest client.
+        proportions drawn from Dirichlet(dirichlet_alpha · 1_K). Sizes become unequal as well as
+        labels. A client left empty then receives one image from the largest client.
       - `"lognormal"`: labels IID; sizes in proportion to exp(size_sigma · z_k), z_k ~ N(0, 1).
         Each client has one image for certain; the other N − K are dealt in proportion, rounded by
         largest remainder.
@@ -53,11 +53,11 @@ def partition(
     Args:
       labels: integers [N].
       num_clients: K, at most N.
-      scheme: one of `SCHEMES`.
+      how: one of `PARTITIONS`.
       seed: not negative. The same seed gives the same table within one NumPy release; NumPy
         reserves the right to change the streams of its generators between releases.
       shards_per_client: of `"shards"`.
-      alpha: of `"dirichlet"`, positive: small is few labels a client, large is near IID.
+      dirichlet_alpha: of `"dirichlet"`, positive: small is few labels a client, large is near IID.
       size_sigma: of `"lognormal"`, standard deviation of log size; 0 is equal sizes.
 
     Returns:
@@ -71,19 +71,19 @@ def partition(
       Federated Learning of Neural Networks, arXiv 1905.12022.
     """
     labels = np.asarray(labels)
-    if scheme not in SCHEMES:
-        raise refuse("scheme", scheme, nearest(str(scheme), SCHEMES))
+    if how not in PARTITIONS:
+        raise refuse("partition", how, nearest(str(how), PARTITIONS))
     if not 1 <= num_clients <= len(labels):
         raise refuse("num_clients", num_clients, f"must be 1 to {len(labels)}, the training images")
     if isinstance(seed, int) and seed < 0:
         raise refuse("seed", seed, "must not be negative")
     rng = np.random.default_rng(seed)
-    if scheme == "iid":
+    if how == "iid":
         clients = np.array_split(rng.permutation(len(labels)), num_clients)
-    elif scheme == "shards":
+    elif how == "shards":
         clients = _shards(labels, num_clients, shards_per_client, rng)
-    elif scheme == "dirichlet":
-        clients = _dirichlet(labels, num_clients, alpha, rng)
+    elif how == "dirichlet":
+        clients = _dirichlet(labels, num_clients, dirichlet_alpha, rng)
     else:
         clients = _lognormal(len(labels), num_clients, size_sigma, rng)
     return _padded(clients)
@@ -106,7 +106,7 @@ def _dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
     if not 0 < alpha <= 1e9:  # beyond, the sum of K alphas may overflow and the shares with it
-        raise refuse("alpha", alpha, "must be positive, and at most 1e9")
+        raise refuse("dirichlet_alpha", alpha, "must be positive, and at most 1e9")
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))

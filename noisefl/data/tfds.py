@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from noisefl.config import refuse
 from noisefl.data import idx
+from noisefl.errors import refuse
 
 IDX_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 OFFLINE_SECONDS = 8.0  # TFDS by itself retries for over 200 s before it reports a missing network
@@ -106,7 +106,7 @@ def _download_originals(tfds: Any, builder: Any, folder: Path) -> None:
     urls = {info.filename: url for url, info in builder.url_infos.items()}
     remedy = (
         f"place the original files {', '.join(sorted(urls))} in a folder and name it as "
-        "--data_dir, or use the embedded mnist or an .npz file"
+        "data_dir, or use the embedded mnist or an .npz file"
     )
     _require_network(builder.name, next(iter(urls.values())), remedy)
     try:
@@ -156,12 +156,12 @@ def _prepare(tfds: Any, name: str, builder: Any) -> None:
             "dataset",
             name,
             f"no prepared data in {builder.data_path}; to prepare it needs TensorFlow: "
-            "pip install 'noisefl[tfds]', or name a folder prepared elsewhere as --data_dir, "
+            "pip install 'noisefl[tfds]', or name a folder prepared elsewhere as data_dir, "
             "or use an .npz file",
         )
     # A set without web addresses of its own is checked against the host of TFDS itself.
     urls = [url for url in builder.url_infos or {} if url.startswith("http")]
-    remedy = "name a folder prepared elsewhere as --data_dir, or use an .npz file"
+    remedy = "name a folder prepared elsewhere as data_dir, or use an .npz file"
     _require_network(name, (urls or ["https://storage.googleapis.com/tfds-data"])[0], remedy)
     try:
         builder.download_and_prepare(

@@ -2,7 +2,9 @@
 
 from flax import linen as nn
 
-from noisefl.config import nearest, refuse
+from noisefl.errors import nearest, refuse
+from noisefl.models.functions import Functions as Functions
+from noisefl.models.functions import functions as functions
 from noisefl.models.layers import Conv as Conv
 from noisefl.models.layers import Dense as Dense
 from noisefl.models.layers import convolve as convolve
@@ -24,13 +26,12 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def by_name(name: str, num_classes: int, lowering: Lowering | None = None) -> nn.Module:
-    """The model called `name` for `num_classes` classes, lowered as given.
+def by_name(name: str, num_classes: int) -> nn.Module:
+    """The model called `name` for `num_classes` classes.
 
     Raises:
       ValueError: an unknown name.
     """
     if name not in MODELS:
         raise refuse("model", name, nearest(name, list(MODELS)))
-    how = lowering or Lowering()
-    return MODELS[name](num_classes=num_classes, lowering=how)  # pyright: ignore[reportCallIssue]
+    return MODELS[name](num_classes=num_classes)  # pyright: ignore[reportCallIssue]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from noisefl.config import refuse
+from noisefl.errors import refuse
 from noisefl.models import winograd
 from noisefl.models.lowering import Lowering
 from noisefl.models.product import product

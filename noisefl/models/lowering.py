@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from noisefl.config import nearest, refuse
+from noisefl.errors import nearest, refuse
 
 LOWERINGS: dict[str, tuple[str, ...]] = {
     "conv": ("auto", "patches", "winograd", "lax"),
@@ -25,6 +25,8 @@ class Lowering:
       pool: gradient of max pooling by "compare" with the maximum, or XLA's own of a "reduce".
       dense: gradient of a dense kernel by "matmul", or as a sum of the rows' "outer" products,
         which XLA fuses with the optimizer's update, so that a large kernel is written once a step.
+      target: the platform that "auto" is for: "cpu", "gpu" or "tpu"; None is the default backend.
+        `Strategy` fills it in before anything is traced.
       precision: of products: "default", JAX's (float32 on a CPU, TensorFloat-32 on a GPU, bfloat16
         on a TPU); "float32" everywhere; "bfloat16" inputs with float32 sums.
     """
@@ -33,6 +35,7 @@ class Lowering:
     pool: str = "auto"
     dense: str = "auto"
     precision: str = "default"
+    target: str | None = None
 
     def __post_init__(self):
         for name, choices in LOWERINGS.items():
@@ -50,7 +53,7 @@ class Lowering:
             return "patches", "patches"
         if self.conv != "auto":
             return self.conv, self.conv
-        if not _on_cpu() or self.precision == "bfloat16":
+        if not self._on_cpu() or self.precision == "bfloat16":
             # A GPU's own product runs in TensorFloat-32, whose rounding Winograd would amplify.
             return "patches", "patches"
         # The transforms are paid back by products over many channels only, and so is XLA's own
@@ -67,9 +70,8 @@ class Lowering:
         """ "matmul" or "outer" for a batch of `rows`."""
         if self.dense != "auto":
             return self.dense
-        pays = _on_cpu() and rows <= 16 and self.precision != "bfloat16"
+        pays = self._on_cpu() and rows <= 16 and self.precision != "bfloat16"
         return "outer" if pays else "matmul"
 
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    def _on_cpu(self) -> bool:
+        return (self.target or jax.default_backend()) == "cpu"

@@ -1,0 +1,1 @@
+"""What the benchmarks share: their settings, judges, peers and tables."""

@@ -1,0 +1,1 @@
+"""From the fields of parts to flags, and back: names, values, help page, grid, flag files."""

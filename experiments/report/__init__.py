@@ -1,0 +1,1 @@
+"""What the folders of runs and sweeps show: tables, pictures, event files."""

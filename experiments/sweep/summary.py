@@ -1,0 +1,136 @@
+"""From the rows of a run to its summary, and to the table that ends a single run. Pure."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def summarise(rows: Sequence[Row], cap: float | None, num_classes: int, rounds: int) -> Row:
+    """What a run came to.
+
+    Only rounds count for the cap in which it applied (past warm-up) and in which copies were
+    really distributed. Accuracies and cap are shortest decimals of float32, so 0.6 is not above
+    0.6.
+
+    Args:
+      rows: of a run, up to the one in which it broke down; perhaps those of FedAvg beside it.
+      cap: as such a decimal; None without one.
+      num_classes: C; chance is 1 / C.
+      rounds: that were asked for.
+
+    Returns:
+      JSON values by name; accuracies are shares of 1, None where no round counted. The last one of
+      a run that broke down is None too, because it is no result.
+    """
+    beside = [row for row in rows if row["run"] == "fedavg"]
+    own = [row for row in rows if row["run"] != "fedavg"]
+    own, beside = (own, beside) if own else (beside, [])
+    owner = [row["owner_accuracy"] for row in own]
+    failed = _failed(own)
+    protected = [row for row in own if row["protected"]]
+    shipped = [row for row in protected if row["shipped"]]
+    local = [x for row in shipped if (x := row["local_accuracy_mean"]) is not None]
+    calibration = sum(row["calibration_samples"] for row in own)
+    training = sum(row["training_samples"] for row in own)
+    found = {
+        "rounds": rounds,
+        "cap": cap,
+        "owner_accuracy_final": None if failed else owner[-1],
+        "owner_accuracy_best": max(owner),
+        **_shared("test", shipped, "shared_accuracy", cap),
+        **_shared("validation", shipped, "shared_validation_accuracy", cap),
+        "protected_rounds": len(protected),
+        "infeasible_rounds": sum(not row["feasible"] for row in protected),
+        "skipped_rounds": len(protected) - len(shipped),
+        "collapsed": _collapsed(owner, 1 / num_classes),
+        "local_accuracy_mean": round(sum(local) / len(local), 6) if local else None,
+        "calibration_samples": calibration,
+        "training_samples": training,
+        "calibration_ratio": round(calibration / training, 6) if training else None,
+        "failed": failed,
+    }
+    if not beside:
+        return found
+    baseline = summarise(beside, None, num_classes, rounds)
+    for when in ("final", "best"):
+        theirs, ours = baseline[f"owner_accuracy_{when}"], found[f"owner_accuracy_{when}"]
+        found[f"baseline_accuracy_{when}"] = theirs
+        gap = None if theirs is None or ours is None else round(theirs - ours, 6)
+        found[f"gap_{when}"] = gap
+    return {**found, "baseline_failed": baseline["failed"]}
+
+
+def _shared(split: str, shipped: Sequence[Row], name: str, cap: float | None) -> Row:
+    highest = [row[name] for row in shipped if row[name] is not None]
+    over = sum(accuracy > (math.inf if cap is None else cap) for accuracy in highest)
+    return {
+        f"shared_accuracy_max_{split}": max(highest, default=None),
+        f"rounds_over_cap_{split}": over,
+    }
+
+
+def _collapsed(owner: Sequence[float], chance: float) -> bool:
+    """The owner fell to within 5 points of chance after it had been above 60 %."""
+    risen = next((t for t, accuracy in enumerate(owner) if accuracy > 0.6), len(owner))
+    return any(accuracy <= chance + 0.05 for accuracy in owner[risen:])
+
+
+def _failed(rows: Sequence[Row]) -> Row | None:
+    """The round in which a run ended with NaN or infinite parameters, and the likely cause."""
+    last = rows[-1]
+    if last["finite"]:
+        return None
+    line = f"run {last['run']}, round {last['round']}: the model is NaN or infinite; likely cause: "
+    # A collapsed base needs no noise: the round that broke it may have been before.
+    recent = [row for row in rows[-3:] if row["protected"] and row["strength"] is not None]
+    if recent:
+        worst = max(recent, key=lambda row: row["strength"])
+        line += f"noise of strength {worst['strength']} in round {worst['round']} "
+        line += "(see --strength_max, --cancellation), or "
+    line += "--learning_rate too large (--clip_norm helps); rounds so far are kept"
+    return {"round": last["round"], "cause": line}
+
+
+def table(summary: Row, seed: int, out: str) -> Table:
+    """The table that ends a run. The cap never stands without the owner's accuracy beside it."""
+    result = Table(
+        title=f"{out}: {summary['rounds']} rounds, one seed ({seed})",
+        caption="One seed is one draw: repeat it with --grid=seed=0:5 before you compare.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    result.add_column("")
+    for heading in ("final", "best"):
+        result.add_column(heading, justify="right")
+    names = [("owner_accuracy", "owner accuracy")]
+    names += [("baseline_accuracy", "FedAvg accuracy")] if "gap_final" in summary else []
+    for name, label in names:
+        result.add_row(label, *(_percent(summary[f"{name}_{w}"]) for w in ("final", "best")))
+    if "gap_final" in summary:
+        gaps = (summary[f"gap_{w}"] for w in ("final", "best"))
+        result.add_row("gap, points", *("–" if g is None else f"{100 * g:.2f}" for g in gaps))
+    result.add_section()
+    splits = ("test", "validation")
+    protected = f"of {summary['protected_rounds']} protected rounds"
+    result.add_row(protected, *splits, style="dim")
+    highest = (_percent(summary[f"shared_accuracy_max_{s}"]) for s in splits)
+    result.add_row("highest shared accuracy", *highest)
+    if summary["cap"] is not None:
+        over = (str(summary[f"rounds_over_cap_{s}"]) for s in splits)
+        result.add_row(f"rounds over the cap of {_percent(summary['cap'])}", *over)
+    result.add_section()
+    result.add_row("infeasible rounds", str(summary["infeasible_rounds"]), "")
+    result.add_row("clients' own models, mean", _percent(summary["local_accuracy_mean"]), "")
+    ratio = summary["calibration_ratio"]
+    result.add_row("calibration / training samples", "–" if ratio is None else f"{ratio:.2f}", "")
+    if summary["collapsed"]:
+        result.add_row("[bold]the owner collapsed to chance[/bold]", "", "")
+    return result
+
+
+def _percent(accuracy: float | None) -> str:
+    return "–" if accuracy is None else f"{100 * accuracy:.2f} %"

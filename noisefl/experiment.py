@@ -1,0 +1,80 @@
+"""An experiment: one pytree of parts. Its structure is what compiles, its numbers are traced."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from noisefl import models
+from noisefl.average import Average, Mean
+from noisefl.cohort import Cohort
+from noisefl.data import Federation
+from noisefl.local import Training
+from noisefl.owner import Owner, ServerClients
+from noisefl.parts import Part, changed, child, choice, part, static, walk
+from noisefl.probing import Judge
+from noisefl.schemes import NEVER, Scheme, Warmup
+from noisefl.server import SGD, Server
+from noisefl.strategy import Strategy, lowered
+
+
+@part
+class Experiment(Part):
+    """Everything that `init` and `step` are told, besides a key and the data.
+
+    The defaults are the literal reading of the source (ALGORITHM.md, "Readings that stay open").
+
+    Attributes:
+      model: a Flax linen module from images [B, H, W, Ch] in [0, 1] to logits [B, C], or a pair of
+        functions `(init(key, images) → params, apply(params, images) → logits)`.
+    """
+
+    model: Any = static(models.LeNet5(), "network")
+    cohort: Cohort = child(Cohort, "who takes part in a round")
+    local: Training = child(Training, "local training of a client")
+    scheme: Scheme = child(Warmup, "what clients get instead of W, and how it is read back")
+    average: Average = child(Mean, "of the clients' updates")
+    server: Server = child(SGD, "from the averaged update to the new base W")
+    owner: Owner = child(ServerClients, "how the owner's model G follows W")
+    accuracy_on: str = choice(
+        "validation", ("validation", "test"), "split on which the cap and the owner are judged"
+    )
+    strategy: Strategy = child(Strategy, "speed: how clients, images and layers are laid out")
+
+    def resolved(self) -> "Experiment":
+        """With everything that is left to the target chosen (`Strategy.resolved`)."""
+        strategy = self.strategy.resolved(sum(self.cohort.sizes))
+        return self.replace(strategy=strategy, model=lowered(self.model, strategy.lowering))
+
+    @property
+    def functions(self) -> models.Functions:
+        """Of the model."""
+        return models.functions(self.model)
+
+    def judge(self, data: Federation) -> Judge:
+        """What the parts of a round may ask about models on the judging split."""
+        batch = self.strategy.eval_batch
+        assert batch is not None, "resolve the experiment first"
+        if self.accuracy_on == "test":
+            images, labels = data.test_images, data.test_labels
+        else:
+            images, labels = data.validation_images, data.validation_labels
+        return Judge(self.functions, data.image_shape, images, labels, batch)
+
+
+def fedavg(experiment: Experiment) -> Experiment:
+    """The same run without protection: the warm-up never ends, so that G = W in every round.
+
+    It is the same program, since τ is traced. A scheme without a warm-up gets one around it.
+    """
+    taus = [place.value for place in walk(experiment) if place.name == "warmup_rounds"]
+    if not taus:
+        return experiment.replace(scheme=Warmup(experiment.scheme, NEVER))
+    never = np.full(np.shape(taus[0]), NEVER, np.int32)
+    return changed(experiment, Warmup, warmup_rounds=never)
+
+
+def is_fedavg(experiment: Experiment) -> jax.Array | np.ndarray:
+    """bool [...]: `fedavg` made it."""
+    taus = [place.value for place in walk(experiment) if place.name == "warmup_rounds"]
+    return np.asarray(taus[0] == NEVER if taus else False)

@@ -1,0 +1,146 @@
+"""One client's local training (ClientUpdate of the source). Knows no client axis.
+
+ALGORITHM.md, "One round": E local epochs of minibatch SGD, batch size B, learning rate η.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from noisefl import evaluate, keys
+from noisefl.optimizers import SGD as SGD
+from noisefl.optimizers import Optax as Optax
+from noisefl.optimizers import Optimizer, taken
+from noisefl.parts import Part, child, choice, part, size
+
+Params = Any
+
+
+@struct.dataclass
+class Own:
+    """What a client holds: some rows of all training images."""
+
+    images: jax.Array  # uint8 [N, H, W, Ch], all clients'
+    labels: jax.Array  # int32 [N]
+    rows: jax.Array  # int32 [P], indices into them; valid in the first `count`
+    count: jax.Array  # int32 [], n_k
+
+
+@part
+class Training(Part):
+    """E epochs of minibatch descent on a client's own images, from the model that it received.
+
+    Of your own: a part with `train` and `samples`.
+    """
+
+    optimizer: Optimizer = child(SGD, "of local training; any optax transformation is taken")
+    local_epochs: int = size(1, "E, passes over a client's data a round", unit="epochs")
+    batch_size: int = size(10, "B", unit="images")
+    batch_order: str = choice(
+        "once", ("once", "every_epoch"), "a client's data are batched once a round, or every epoch"
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", taken(self.optimizer))
+        super().__post_init__()
+
+    def samples(self, count: jax.Array) -> jax.Array:
+        """Images that a client of n_k samples trains on in a round, each epoch counted: int32."""
+        return count * self.local_epochs
+
+    def train(
+        self, key: jax.Array, round: jax.Array, apply: evaluate.Apply, params: Params, own: Own,
+        gather: str,
+    ) -> Params:  # fmt: skip
+        """The client's model after local training.
+
+        Args:
+          key: the client's key of this round.
+          round: int32 [], t.
+          apply: of `models.functions`.
+          params: what the client received.
+          own: its data.
+          gather: of `Strategy`.
+        """
+        positions, valid = self.batches(key, own.count, own.rows.shape[0])
+        return descend(
+            apply, self.optimizer.transformation(round), params, own, own.rows[positions], valid,
+            gather,
+        )  # fmt: skip
+
+    def batches(self, key: jax.Array, count: jax.Array, padded: int) -> tuple[jax.Array, jax.Array]:
+        """Splits a client's samples at random into the batches of all its local steps.
+
+        Args:
+          key: the client's key of this round.
+          count: int32 [], n_k.
+          padded: P, the largest n_k of the population; every client has S = E · ⌈P / B⌉ steps.
+
+        Returns:
+          positions int32 [S, B] into the client's samples, and valid bool [S, B]. The last batch of
+          an epoch may be smaller; steps past a client's own data are wholly invalid.
+        """
+        steps = -(-padded // self.batch_size)
+        slots = steps * self.batch_size
+
+        def epoch(key: jax.Array) -> jax.Array:
+            # Sorting random numbers, padding last, permutes the first n_k positions.
+            lots = jax.random.uniform(key, (padded,))
+            rank = jnp.where(jnp.arange(padded) < count, lots, jnp.inf)
+            order = jnp.argsort(rank).astype(jnp.int32)
+            return jnp.pad(order, (0, slots - padded))
+
+        if self.batch_order == "once":
+            positions = jnp.tile(epoch(keys.stream(key, "epoch", 0)), (self.local_epochs, 1))
+        else:
+            epochs = jnp.arange(self.local_epochs)
+            positions = jax.vmap(lambda e: epoch(keys.stream(key, "epoch", e)))(epochs)
+        valid = jnp.tile(jnp.arange(slots) < count, (self.local_epochs, 1))
+        shape = (self.local_epochs * steps, self.batch_size)
+        return positions.reshape(shape), valid.reshape(shape)
+
+
+def descend(
+    apply: evaluate.Apply, optimizer: optax.GradientTransformation, params: Params, own: Own,
+    samples: jax.Array, valid: jax.Array, gather: str = "step",
+) -> Params:  # fmt: skip
+    """Trains `params` on the given batches, one optimizer step each.
+
+    Args:
+      apply: of `models.functions`.
+      optimizer: an optax transformation, begun afresh.
+      params: where to start.
+      own: `images` and `labels` are read.
+      samples: int32 [S, B], indices into the images.
+      valid: bool [S, B]; a step without a valid sample is not computed (under vmap: computed
+        while any client of its chunk has a step left, and changes nothing).
+      gather: "step" fetches a batch's images when its step comes; "client" all of them first.
+    """
+
+    def loss(params: Params, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        logits = apply(params, evaluate.scale(images))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+    # Steps with data come first: the loop can then end with the last of them.
+    some = jnp.any(valid, axis=1)
+    order = jnp.argsort(~some, stable=True)
+    samples, valid = samples[order], valid[order]
+    fetched = (own.images[samples], own.labels[samples]) if gather == "client" else None
+
+    def step(index: jax.Array, carry: Any) -> Any:
+        params, state = carry
+        if fetched is None:
+            batch = own.images[samples[index]], own.labels[samples[index]]
+        else:
+            batch = fetched[0][index], fetched[1][index]
+        gradient = jax.grad(loss)(params, *batch, valid[index])
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    steps = jnp.sum(some, dtype=jnp.int32)
+    return lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]

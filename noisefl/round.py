@@ -1,0 +1,155 @@
+"""One round of federated learning under a scheme, a pure function.
+
+ALGORITHM.md, "One round", line by line; each part that a line names is its own file. FedAvg is the
+same round with a warm-up that never ends (`experiment.fedavg`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from noisefl import evaluate, keys
+from noisefl.cohort import Members, mapped
+from noisefl.data import Federation
+from noisefl.experiment import Experiment
+from noisefl.local import Own
+from noisefl.schemes import Issue, Slot
+
+Params = Any
+Observer = Callable[[jax.Array, Params, Params, Own], Any]
+
+
+@struct.dataclass
+class State:
+    """What one round hands to the next."""
+
+    round: jax.Array  # int32 []: rounds completed
+    base: Params  # W, that the copies of the next round start from
+    owner: Params  # G, delivered to the requester; no client ever sees it
+    scheme: Any  # what the scheme remembers,
+    server: Any  # the server's optimizer,
+    held: Any  # the owner part,
+    measured: Any = ()  # and a measure (`simulate`)
+
+
+@struct.dataclass
+class RoundInfo:
+    """What happened in a round of M clients."""
+
+    members: Members
+    issue: Issue  # what was handed out, its secrets included: for the server and the simulation
+    told: dict[str, jax.Array]  # by the owner part: "server_counts" float32 [s]
+    observed: Any  # by `observe`, of each client [M, ...]
+    training_samples: jax.Array  # int32 []: images that clients trained on, each epoch counted
+    finite: jax.Array  # bool []: no parameter of the new owner or base is NaN or infinite
+
+
+def init(key: jax.Array, experiment: Experiment, data: Federation) -> State:
+    """`initialise w;  W = G = w`.
+
+    Args:
+      key: the run's root, `keys.root(seed)`; the same that every `step` is given.
+      experiment: of one run, numbers [].
+      data: of which shapes are read.
+
+    Raises:
+      ValueError: parts that do not fit each other, the model or the data.
+    """
+    experiment = experiment.resolved()
+    experiment.scheme.fit(experiment.functions, data.image_shape, experiment.cohort)
+    begin = keys.stream(key, "init")
+    params = experiment.functions.init(begin, data.image_shape)
+    return State(
+        round=jnp.int32(0),
+        base=params,
+        owner=jax.tree.map(jnp.copy, params),  # its own buffers: the state may be donated
+        scheme=experiment.scheme.init(keys.stream(begin, "scheme"), params),
+        server=experiment.server.init(params),
+        held=experiment.owner.init(params),
+    )
+
+
+def step(
+    key: jax.Array,
+    state: State,
+    data: Federation,
+    experiment: Experiment,
+    observe: Observer | None = None,
+) -> tuple[State, RoundInfo]:
+    """Round t = state.round + 1; composes with jit, scan, and vmap over keys, states, experiments.
+
+    Args:
+      key: the run's root key, the same in every round: the round's own is derived from it and t.
+      state: of `init`, or of the round before.
+      data: the federation.
+      experiment: the parts.
+      observe: (key, copy, returned, own data) → pytree, called for each client where it trains;
+        it sees what the client sees and changes nothing.
+
+    Raises:
+      ValueError: a population smaller than the cohort.
+    """
+    experiment = experiment.resolved()
+    scheme, strategy = experiment.scheme, experiment.strategy
+    apply, judge = experiment.functions.apply, experiment.judge(data)
+    t = state.round + 1
+    key = keys.of_round(key, t)
+
+    members = experiment.cohort.draw(key, data.counts)  # a_t, b_t
+    issue, remembered = scheme.issue(  # σ and ξ
+        key, t, state.base, state.owner, members, judge, state.scheme
+    )
+
+    def client(slot: Slot) -> tuple[Any, Any]:  # w_k ← ClientUpdate(k, copy)
+        own_key = keys.stream(key, "client", slot.client)
+        k = slot.client
+        own = Own(data.train_images, data.train_labels, data.clients[k], data.counts[k])
+
+        def train(params: Params) -> Params:
+            return experiment.local.train(own_key, t, apply, params, own, strategy.gather)
+
+        copy = scheme.copy(state.base, issue, slot)
+        returned = scheme.work(train, copy, issue, slot)
+        observed = observe(own_key, copy, returned, own) if observe else ()
+        return scheme.recover(returned, copy, state.base, issue, slot), observed
+
+    weights = members.counts * issue.weights
+    slots = Slot(jnp.arange(weights.shape[0]), members.groups, members.clients)
+    update, observed = mapped(
+        client, (slots,), experiment.average, weights / jnp.sum(weights),
+        strategy.clients_at_once or weights.shape[0], strategy.clients_axis,
+    )  # fmt: skip
+    base, server = experiment.server.step(state.base, update, state.server)  # W
+    held = experiment.owner.update(  # G
+        key, state.owner, base, members, data.counts, issue.protected, judge, state.held
+    )
+
+    new = State(t, held.base, held.owner, remembered, server, held.carry, state.measured)
+    kept = state.replace(round=t, scheme=remembered)  # pyright: ignore[reportAttributeAccessIssue]
+    new = jax.tree.map(lambda n, k: jnp.where(issue.shipped, n, k), new, kept)
+    trained = jnp.sum(experiment.local.samples(members.counts), dtype=jnp.int32)
+    return new, RoundInfo(
+        members=members,
+        issue=issue,
+        told=held.told,
+        observed=observed,
+        training_samples=jnp.where(issue.shipped, trained, 0),
+        finite=evaluate.is_finite((new.owner, new.base)),
+    )
+
+
+def received(experiment: Experiment, before: State, info: RoundInfo, slot: int) -> Params:
+    """The model that the client in this slot of a round received.
+
+    Args:
+      experiment: of the round.
+      before: the state that `step` was given.
+      info: that it returned.
+      slot: 0 … M − 1; `info.members.clients[slot]` says who that is.
+    """
+    members = info.members
+    place = Slot(jnp.int32(slot), members.groups[slot], members.clients[slot])
+    return experiment.scheme.copy(before.base, info.issue, place)

@@ -1,0 +1,87 @@
+"""Parts as users write them, for the contracts: those of docs/extending.md, and what none of them
+needs: a scheme with masks and a sticky key, noise that stays in, a thief with two copies."""
+
+import re
+import types
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from noisefl import attacks, calibrate, keys, schemes
+from noisefl.parts import Number, Part, number, part
+
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+FILES = {
+    block.split("\n")[0].removeprefix("# "): block
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+}
+
+
+def load(name: str) -> types.ModuleType:
+    """A file of the page as a module of its own, whose parts `implementations` does not see."""
+    found = types.ModuleType(name)
+    exec(compile(FILES[name], name, "exec"), found.__dict__)
+    for made in vars(found).values():
+        if isinstance(made, type) and issubclass(made, Part) and made.__module__ == name:
+            made.abstract = True  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+OwnNoise = load("own_noise.py").OwnNoise
+Median = load("median.py").Median
+Signs = load("signs.py").Signs
+FineTune = load("fine_tune.py").FineTune
+Distance = load("distance.py").Distance
+
+
+@part
+class LeftIn(OwnNoise):
+    """Own noise for every client, left in: its mean over draws is 0."""
+
+    abstract: ClassVar[bool] = True
+    untrained: ClassVar[str] = "expected"
+
+    def recover(self, returned, copy, base, issue, slot):
+        return jax.tree.map(jnp.subtract, returned, base), None
+
+
+@part
+class Sparse(schemes.Scheme):
+    """Client k holds some coordinates of W, the same in all rounds, and 0 elsewhere."""
+
+    abstract: ClassVar[bool] = True
+    share: Number = number(0.4, "of the coordinates", low=0, high=1)
+
+    def init(self, key, base):
+        return key
+
+    def issue(self, key, round, base, owner, members, judge, carry):
+        size, zero, yes = members.counts.shape[0], jnp.float32(0), jnp.bool_(True)
+        evidence, bill = jnp.full(size, jnp.nan), calibrate.Bill.empty()
+        weights = jnp.ones(size)
+        return schemes.Issue(carry, yes, yes, weights, zero, zero, yes, evidence, bill), carry
+
+    def held(self, base, issue, slot):
+        key = keys.stream(issue.secret, "held", slot.client)
+        leaves, structure = jax.tree.flatten(base)
+        each = zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+        masks = [jax.random.bernoulli(k, self.share, x.shape).astype(x.dtype) for k, x in each]
+        return jax.tree.unflatten(structure, masks)
+
+    def copy(self, base, issue, slot):
+        return jax.tree.map(jnp.multiply, base, self.held(base, issue, slot))
+
+    def recover(self, returned, copy, base, issue, slot):
+        return jax.tree.map(jnp.subtract, returned, copy), self.held(base, issue, slot)
+
+
+@part
+class Coalition(attacks.Attack):
+    """The mean of the coalition's copies of the last round."""
+
+    abstract: ClassVar[bool] = True
+
+    def steal(self, key, view, own, public):
+        return jax.tree.map(lambda leaf: jnp.mean(leaf[-1], axis=0), view.copies)

@@ -1,0 +1,177 @@
+"""The contract of schemes, on all that there are: the package's and `example_parts`'."""
+
+import functools
+
+import example_parts as examples
+import federation as fed
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import noisefl
+from noisefl import calibrate, keys, schemes
+from noisefl.parts import changed, implementations
+from noisefl.schemes import Slot
+
+CLASSES = [*filter(fed.ours, implementations(schemes.Scheme))]
+CLASSES += [examples.OwnNoise, examples.LeftIn, examples.Sparse]
+each_scheme = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+M, PROTECTED, EARLY = 4, 5, 1
+DATA, FUNCTIONS = fed.federation(fed.EQUAL), fed.TINY.functions
+
+
+def made(cls: type) -> schemes.Scheme:
+    """With a calibrator that never looks twice."""
+    return changed(cls(), schemes.Calibrated, calibrator=calibrate.Fixed(strength=2.0))
+
+
+def contract(cls: type, key, round, base):
+    """(issue, every client's copy, update and mask of a copy that nobody trained)."""
+    scheme, judge = made(cls), fed.TINY.resolved().judge(DATA)
+    members = fed.TINY.cohort.draw(key, DATA.counts)
+    carry = scheme.init(keys.stream(key, "scheme"), base)
+    issue, _ = scheme.issue(key, round, base, base, members, judge, carry)
+
+    def client(slot):
+        copy = scheme.copy(base, issue, slot)
+        returned = scheme.work(lambda params: params, copy, issue, slot)
+        return copy, *scheme.recover(returned, copy, base, issue, slot)
+
+    slots = Slot(jnp.arange(M), members.groups, members.clients)
+    return issue, *jax.vmap(client)(slots)
+
+
+@functools.cache
+def lanes(cls: type):
+    """`contract` of five lanes: a protected round, the same again, its first lane's base halved,
+    another key, a round of the warm-up."""
+    base = fed.start().base
+    bases = jax.tree.map(lambda w: jnp.stack([w, w, w / 2, w, w]), base)
+    ks = jnp.stack([keys.root(seed) for seed in (0, 0, 0, 1, 0)])
+    rounds = jnp.array([PROTECTED] * 4 + [EARLY])
+    program = jax.jit(jax.vmap(functools.partial(contract, cls)))
+    return base, fed.plain(program(ks, rounds, bases))
+
+
+def differ(one, other) -> bool:
+    return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one),
+               jax.tree.leaves(other), strict=True))  # fmt: skip
+
+
+@each_scheme
+def test_one_lane_is_the_single_call_and_a_key_decides(cls):
+    base, all_lanes = lanes(cls)
+    single = fed.plain(contract(cls, keys.root(0), jnp.int32(PROTECTED), base))
+    fed.assert_same(fed.lane(all_lanes, 0), single, **fed.CLOSE)
+    fed.assert_same(fed.lane(all_lanes, 1), fed.lane(all_lanes, 0))
+    issue, copies, _, _ = all_lanes
+    if issue.protected[0]:
+        assert differ(fed.lane(copies, 0), fed.lane(copies, 3))
+        assert differ(fed.lane(issue.secret, 0), fed.lane(issue.secret, 3))
+
+
+@each_scheme
+def test_where_it_does_not_protect_clients_get_w_bitwise(cls):
+    base, (issue, copies, updates, masks) = lanes(cls)
+    bare = cls is schemes.Bare
+    assert issue.protected.tolist() == [not bare] * 4 + [
+        not bare and not issubclass(cls, schemes.Delayed)
+    ]
+    if not issue.protected[4]:
+        issue = fed.lane(issue, 4)
+        fed.assert_same(fed.lane(copies, 4), jax.tree.map(lambda w: np.stack([w] * M), base))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(fed.lane(updates, 4)))
+        assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(fed.lane(masks, 4)))
+        assert (issue.shipped, issue.feasible) == (True, True)
+        assert not np.any([issue.strength, issue.relative_strength, *jax.tree.leaves(issue.bill)])
+        assert np.isnan(issue.accuracy).all()
+        assert (issue.weights == 1).all()
+
+
+@each_scheme
+def test_the_update_of_an_untrained_copy_is_0_as_declared(cls):
+    base, (issue, copies, updates, _) = lanes(cls)
+    for number in (0, 2, 3):
+        mine = fed.lane(updates, number)
+        assert differ(
+            fed.lane(copies, number), jax.tree.map(lambda w: np.stack([w] * M), base)
+        ) == (bool(issue.protected[number]) or number == 2)
+        if made(cls).untrained == "bitwise":
+            assert not any(np.any(leaf) for leaf in jax.tree.leaves(mine))
+        if made(cls).untrained == "weighted":
+            shares = issue.weights[number] / issue.weights[number].sum()
+            for leaf in jax.tree.leaves(mine):
+                mean = np.tensordot(shares, leaf, 1)
+                assert np.abs(mean).max() <= 4e-7 * max(np.abs(leaf).max(), 1)
+    if made(cls).untrained == "expected":  # over many draws, all entries together
+        many = jax.jit(jax.vmap(lambda key: contract(cls, key, jnp.int32(PROTECTED), base)[2]))
+        found = many(jax.vmap(jax.random.key)(jnp.arange(50)))
+        entries = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+        entries = entries[entries != 0]
+        assert abs(entries.mean()) < 6 * entries.std() / np.sqrt(entries.size)
+
+
+@each_scheme
+def test_copies_differ_where_it_says_and_as_many_as_it_says(cls):
+    scheme, (base, (issue, copies, _, masks)) = made(cls), lanes(cls)
+    scheme.fit(FUNCTIONS, fed.IMAGE, fed.TINY.cohort)
+    mine, flat = flatten_dict(fed.lane(copies, 0)), flatten_dict(base)
+    touched = scheme.touched(FUNCTIONS, fed.IMAGE)
+    for path, leaf in mine.items():
+        assert path in touched or (leaf == np.asarray(flat[path])).all()  # pyright: ignore
+    slots = scheme.slots(fed.TINY.cohort)
+    distinct = {np.concatenate([np.ravel(leaf[s]) for leaf in mine.values()]).tobytes()  # pyright: ignore
+                for s in range(M)}  # fmt: skip
+    assert len(distinct) == len(slots) == issue.accuracy.shape[1]
+    assert len(set(slots.values())) == len(slots)
+    assert masks is None or all(set(np.unique(leaf)) <= {0, 1} for leaf in jax.tree.leaves(masks))
+
+
+@each_scheme
+def test_secrets_are_nowhere_but_among_the_secrets(cls):
+    _, (issue, _, _, _) = lanes(cls)
+    issue = fed.lane(issue, 0)
+    hidden = [leaf for leaf in jax.tree.leaves(issue.secret) if leaf.size > 1]
+    shown = jax.tree.leaves(fed.replaced(issue, secret=()))
+    assert not any(np.array_equal(one, other) for one in hidden for other in shown)
+    assert bool(hidden) == (cls is not schemes.Bare)
+
+
+# Through a whole round.
+
+
+def test_a_coordinate_that_nobody_held_keeps_w():
+    experiment = fed.TINY.replace(scheme=schemes.Warmup(examples.Sparse(share=0.2), 0))
+    before = fed.start(experiment)
+    after, info = fed.step(fed.KEY, before, DATA, experiment)
+    scheme = experiment.scheme.inner
+    slots = Slot(jnp.arange(M), info.members.groups, info.members.clients)
+    held = jax.vmap(lambda slot: scheme.held(before.base, info.issue, slot))(slots)
+    moved = 0
+    for mask, old, new in zip(*map(jax.tree.leaves, (held, before.base, after.base)), strict=True):
+        nobody = ~np.any(mask, axis=0)
+        np.testing.assert_array_equal(np.asarray(new)[nobody], np.asarray(old)[nobody])
+        assert nobody.any()
+        moved += np.sum(np.asarray(new != old)[~nobody])
+    assert moved
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_pair_needs_two_groups(clients):
+    experiment = fed.experiment(clients_per_round=clients)
+    if clients == 1:
+        with pytest.raises(ValueError, match=r"^clients_per_round=1: .* at least 2$"):
+            noisefl.init(fed.KEY, experiment, DATA)
+    else:
+        noisefl.init(fed.KEY, experiment, DATA)
+
+
+def test_a_calibrator_that_cannot_judge_a_scheme_is_refused():
+    class Discrete(schemes.Pair):
+        moves = "discrete"
+
+    rule = next(c for c in implementations(calibrate.Calibrator) if "discrete" not in c.judges)
+    with pytest.raises(ValueError, match=r"^calibrator='\w+': cannot judge discrete, whose copies"):
+        Discrete(calibrator=rule())
