@@ -72,6 +72,11 @@ TINY = Experiment(
     local=Training(SGD(learning_rate=0.125), batch_size=4),
     scheme=schemes.Warmup(schemes.Pair(calibrator=LOOP)),
 )
+# Fields that together have every number which may be absent.
+RICH: dict[str, Any] = dict(
+    calibrator=calibrate.Fixed(strength=4.0), noise_layers="stem/kernel|head/bias",
+    local_epochs=2, batch_order="every_epoch", momentum=0.0, clip_norm=1e6,
+)  # fmt: skip
 
 
 def experiment(**fields: Any) -> Experiment:

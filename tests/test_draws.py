@@ -22,17 +22,22 @@ PAIR = schemes.Pair(calibrator=calibrate.Unverified(), on=noise.layers("all"))
 TINY = fed.TINY.replace(scheme=schemes.Warmup(PAIR, warmup_rounds=0))
 
 
-def many_rounds(experiment: Experiment, rounds: int, data: Any = None, seed: int = 11):
+@jax.jit
+def drawn(root, rounds, state, data, experiment):
     """RoundInfo's draws [R, …] alone: the compiler drops the training that they do not need."""
-    data = fed.federation() if data is None else data
-    state = noisefl.init(fed.KEY, experiment, data)
 
-    def drawn(t):
-        before = state.replace(round=t)  # pyright: ignore[reportAttributeAccessIssue]
-        _, info = noisefl.step(keys.root(seed), before, data, experiment)
+    def one(t):
+        _, info = noisefl.step(root, state.replace(round=t), data, experiment)
         return info.members.clients, info.told["server_counts"], info.issue.secret.draw
 
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(drawn))(jnp.arange(rounds)))
+    return jax.vmap(one)(rounds)
+
+
+def many_rounds(experiment: Experiment, rounds: int, data: Any = None, seed: int = 11):
+    data = fed.federation() if data is None else data
+    state = noisefl.init(fed.KEY, experiment, data)
+    found = drawn(keys.root(seed), jnp.arange(rounds), state, data, experiment)
+    return jax.tree.map(np.asarray, found)
 
 
 @pytest.mark.parametrize(

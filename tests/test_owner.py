@@ -82,15 +82,14 @@ def test_uniform_counts_are_the_mean():
 
 @pytest.mark.parametrize("protected", [True, False])
 def test_keep_best_replaces_only_by_what_is_no_worse(protected):
+    """A tie replaces, and a NaN does not."""
     rule = owner.KeepBest(owner.ServerClients("0"))
-    kept, carry = {"w": jnp.array([0.7])}, None
-    for accuracy, expected in ((0.6, 0.7), (0.7, 0.7), (0.9, 0.9), (0.8, 0.9), (jnp.nan, 0.9)):
-        held = update(rule, kept, {"w": jnp.array([accuracy])}, protected, carry)
+    kept, carry = {"w": jnp.array([0.7, 0])}, None
+    found = ((0.6, 0), (0.7, 2), (0.9, 3), (0.8, 3), (0.9, 5), (jnp.nan, 5))
+    for number, (accuracy, expected) in enumerate(found, 1):
+        held = update(rule, kept, {"w": jnp.array([accuracy, number])}, protected, carry)
         kept, carry = held.owner, held.carry
-        wanted = expected if protected else accuracy
-        np.testing.assert_allclose(kept["w"], [wanted])
-        if not protected and not np.isfinite(accuracy):
-            break
+        assert kept["w"][1] == (expected if protected else number)
 
 
 def test_feeds_back_starts_from_the_owner():

@@ -73,25 +73,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         dict(model=fed.TinyCNN(), calibrator=FIXED, noise_layers="last", noise_parameters="kernel"),
         "protected",
     ),
-    "named parameters, two epochs, each in its own order": (
-        dict(
-            calibrator=FIXED, noise_layers="stem/kernel|head/bias", local_epochs=2,
-            batch_order="every_epoch",
-        ),
-        "protected",
-    ),
-    "momentum, two epochs": (
-        dict(calibrator=FIXED, momentum=0.5, clip_norm=1e6, local_epochs=2),
-        "protected",
-    ),
-    "clipping, two epochs": (
-        dict(calibrator=FIXED, momentum=0.0, clip_norm=0.25, local_epochs=2),
-        "protected",
-    ),
-    "odd m, uniform server weights, evaluation in uneven batches": (
-        dict(calibrator=FIXED, clients_per_round=5, server_weights="uniform", eval_batch=10),
-        "protected",
-    ),
+    "named parameters, two epochs, each in its own order": (dict(fed.RICH), "protected"),
+    "momentum": (dict(fed.RICH, momentum=0.5), "protected"),
+    "clipping": (dict(fed.RICH, clip_norm=0.25), "protected"),
     "two of five clients at once, more server-side clients than K": (
         dict(calibrator=FIXED, clients_per_round=5, clients_at_once=2, server_clients="11"),
         "protected",
@@ -107,8 +91,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         dict(calibrator=FIXED, clients_per_round=2, groups="full", cancellation="subtract"),
         "warming protected",
     ),
-    "reweight": (
-        dict(calibrator=FIXED, clients_per_round=5, cancellation="reweight"),
+    "odd m, reweight, uniform server weights, evaluation in uneven batches": (
+        dict(
+            calibrator=FIXED, clients_per_round=5, cancellation="reweight", eval_batch=10,
+            server_weights="uniform",
+        ),
         "warming protected",
     ),
     "keep-best": (dict(calibrator=FIXED, owner=KEEP_BEST), "kept"),
