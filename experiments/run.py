@@ -75,7 +75,7 @@ def run(command: CommandLine, again: str) -> int:
         for group in groups(runs)
         if driver.dry_run or any(run.path not in done for run in group.runs)
     ]
-    prepared = hosts.together(lambda: [prepare(group, driver.data_dir) for group in wanted])
+    prepared = hosts.together(lambda: [prepare(group, driver, on) for group in wanted])
     cache = compilation_cache(driver.compilation_cache)
     if driver.dry_run:
         from experiments.sweep.estimate import estimate  # which it alone needs

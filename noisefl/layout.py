@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from noisefl import mesh, strategy
 from noisefl.data import Federation, Images
@@ -69,6 +69,23 @@ def put(data: Federation, on: Mesh) -> Federation:
     """Data of `stack`, lanes of this process, on the devices of a mesh."""
     own = mesh.put(replace(data, images=()), mesh.over_lanes(on))
     return replace(own, images=mesh.put(data.images, mesh.everywhere(on)))
+
+
+def shapes(tree: Any, lanes: int, on: Mesh) -> Any:
+    """Those of a program's arguments: arrays [l, ...] of any lanes as [L, ...] on a mesh; of a
+    `Federation`, the images as they are, on every device."""
+
+    def of(tree: Any, sharding: NamedSharding, *leading: int) -> Any:
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            shape = (*leading, *np.shape(x)[len(leading) :])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(one, tree)
+
+    if isinstance(tree, Federation):
+        own = of(replace(tree, images=()), mesh.over_lanes(on), lanes)
+        return replace(own, images=of(tree.images, mesh.everywhere(on)))
+    return of(tree, mesh.over_lanes(on), lanes)
 
 
 def width(total: int, on: Mesh, lanes_at_once: int | None = None) -> int:

@@ -49,8 +49,6 @@ class Judge(NamedTuple):
             return jnp.where(evaluate.is_finite(copy), accuracy_of(copy), jnp.nan)
 
         def accuracy(draw: Draw, strength: jax.Array) -> jax.Array:
-            if copies.variants <= 2:
-                return jnp.stack([of_copy(draw, strength, v) for v in range(copies.variants)])
             return lax.map(lambda v: of_copy(draw, strength, v), jnp.arange(copies.variants))
 
         def forward(params: Params, chosen: jax.Array, shared: jax.Array | None) -> jax.Array:

@@ -141,7 +141,9 @@ def step(
     )
 
 
-def received(experiment: Experiment, before: State, info: RoundInfo, slot: int) -> Params:
+def received(
+    experiment: Experiment, before: State, info: RoundInfo, slot: int | jax.Array
+) -> Params:
     """The model that the client in this slot of a round received.
 
     Args:

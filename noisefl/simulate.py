@@ -1,5 +1,6 @@
 """Many rounds as one compiled program, with their measurements inside."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,7 @@ def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Si
     def simulation(
         key: jax.Array, state: State, data: Federation, experiment: Experiment, last: jax.Array
     ) -> tuple[State, Numbers]:
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the branch
         def run(state: State) -> tuple[State, Numbers]:
             return measured_step(key, state, data, experiment, kept)
 

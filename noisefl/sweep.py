@@ -7,10 +7,10 @@ sums.
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -47,7 +47,22 @@ class Program(NamedTuple):
     numbers: dict[str, Any]  # shapes [L, R] and types of what `chunk` records, by name
 
 
-def make_program(
+class Traced(NamedTuple):
+    """A `Program` that XLA has not seen yet."""
+
+    init: Any  # jax.stages.Traced
+    chunk: Any
+
+    def compile(self) -> Program:
+        """By XLA, both functions at a time: it leaves most of a second core idle."""
+        lowered = self.chunk.lower()
+        with ThreadPoolExecutor(1) as beside:
+            init = beside.submit(self.init.lower().compile)
+            chunk = lowered.compile()
+        return Program(init.result(), chunk, _bytes(chunk), lowered.out_info[1])
+
+
+def trace(
     experiments: Experiment,
     data: Federation,
     lanes: int,
@@ -55,12 +70,12 @@ def make_program(
     on: Mesh,
     measure: Measure | None = None,
     side_by_side: int | None = None,
-) -> Program:
-    """Compiles a chunk of rounds of L lanes.
+) -> Traced:
+    """A chunk of rounds of L lanes, up to what takes long.
 
     Args:
-      experiments: numbers [L], of `parts.lanes`; only shapes are read.
-      data: of `layout.put`, or its shapes with L lanes.
+      experiments: numbers [l] of any lanes, of `parts.lanes`; only shapes are read.
+      data: of `layout.stack`, of any lanes, or its shapes.
       lanes: L, a multiple of the mesh's lanes.
       rounds_per_chunk: R.
       on: a mesh of `mesh.make`.
@@ -100,26 +115,17 @@ def make_program(
     of_data = layout.axes(over, same)
     # Nothing here is differentiated through, and every result is made equal over the clients' axis.
     spread = functools.partial(jax.shard_map, mesh=on, check_vma=False)
-    sharding = mesh.over_lanes(on)
 
     def shapes(tree: Any) -> Any:
-        def of_all(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((lanes, *np.shape(x)[1:]), x.dtype, sharding=sharding)
+        return layout.shapes(tree, lanes, on)
 
-        return jax.tree.map(of_all, tree)
-
-    seeds = jax.ShapeDtypeStruct((lanes, 2), jnp.uint32, sharding=sharding)
-    last = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=sharding)
-    numbers = shapes(experiments)
+    seeds, last = shapes((np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)))
+    data, numbers = shapes(data), shapes(experiments)
     first = jax.jit(spread(init, in_specs=(over, of_data, over), out_specs=over))
-    states = shapes(jax.eval_shape(first, seeds, data, numbers))
+    begun = first.trace(seeds, data, numbers)
     in_specs = (over, over, of_data, over, over)
     program = jax.jit(spread(chunk, in_specs=in_specs, out_specs=over), donate_argnums=1)
-    lowered = program.lower(seeds, states, data, numbers, last)
-    compiled, recorded = lowered.compile(), lowered.out_info[1]
-    return Program(
-        first.lower(seeds, data, numbers).compile(), compiled, _bytes(compiled), recorded
-    )
+    return Traced(begun, program.trace(seeds, shapes(begun.out_info), data, numbers, last))
 
 
 def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[int, Program]:
@@ -198,9 +204,8 @@ def run(
         numbers = jax.tree.map(lambda *leaves: np.stack(leaves), *(each[m] for m in members))
 
         def compile(lanes: int, members=members, numbers=numbers) -> Program:
-            places = own_places(on, lanes, len(members))
-            some = put(select(data, members[places]), on)
-            return make_program(select(numbers, places), some, lanes, rounds_per_chunk, on, measure)
+            some = select(data, members)
+            return trace(numbers, some, lanes, rounds_per_chunk, on, measure).compile()
 
         lanes, program = fitting(compile, width(len(members), on, lanes_at_once), on)
         for start in range(0, len(members), lanes):

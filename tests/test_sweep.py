@@ -54,14 +54,15 @@ def grid(on) -> Any:
     ]
     programs, log = [], io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        make = sweep.make_program
+        compile = sweep.Traced.compile
         patch.setattr(
-            sweep, "make_program", lambda *a, **k: programs.append(make(*a, **k)) or programs[-1]
+            sweep.Traced, "compile", lambda traced: programs.append(compile(traced)) or programs[-1]
         )
         handler = logging.StreamHandler(log)
         logging.getLogger("jax").addHandler(handler)
-        with jax.log_compiles():
-            result = many_lanes.swept(some, on=on)
+        jax.config.update("jax_log_compiles", True)  # `jax.log_compiles` is of this thread alone
+        result = many_lanes.swept(some, on=on)
+        jax.config.update("jax_log_compiles", False)
         logging.getLogger("jax").removeHandler(handler)
     (program,) = programs
     return some, result, program, log.getvalue()
@@ -75,7 +76,7 @@ def compiled(grid) -> sweep.Program:
 @pytest.fixture
 def swept(monkeypatch, compiled, on):
     """`sweep.run`, which finds its program compiled; calls it [lanes at once]."""
-    monkeypatch.setattr(sweep, "make_program", lambda *args, **_: compiled)
+    monkeypatch.setattr(sweep.Traced, "compile", lambda _: compiled)
     return lambda some=None: many_lanes.swept(some, on=on)
 
 
@@ -84,7 +85,7 @@ def whole(compiled, on) -> list[Any]:
     """(state, numbers) of each lane by `sweep.run`, all of them in two batches, the second of which
     is filled up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "make_program", lambda *args, **_: compiled)
+        patch.setattr(sweep.Traced, "compile", lambda _: compiled)
         result = many_lanes.swept(on=on)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(result))
     return [lane_of(result, number) for number in range(7)]
@@ -165,7 +166,7 @@ def test_the_company_of_a_lane_does_not_matter(whole, swept):
 def test_lanes_side_by_side_are_close(alone, on):
     """Under vmap, two at a time: sums run in another order. Decisions are the same."""
     _, data, experiments = inputs(on)
-    program = sweep.make_program(experiments, data, 4, CHUNK, on, MEASURE, side_by_side=2)
+    program = sweep.trace(experiments, data, 4, CHUNK, on, MEASURE, side_by_side=2).compile()
     _, *found = chunks(program, on, [ROUNDS, ROUNDS, ROUNDS - 1, ROUNDS])
     for number, lane in enumerate(many_lanes.lanes()[:4]):
         ours, theirs = lane_of(found, number), alone[number]

@@ -22,7 +22,7 @@ program_of: Any = sweep.Program  # of functions that are not compiled
 
 
 class Programs:
-    """Stands in for `make_program`; remembers what was compiled.
+    """Stands in for `trace`; remembers what was compiled.
 
     Args:
       bytes_a_lane: what a program says that it needs.
@@ -35,10 +35,11 @@ class Programs:
 
     def __call__(self, experiments, data, lanes, rounds_per_chunk, on, measure=None) -> Any:
         self.compiled.append((experiments.scheme.inner.cancellation, lanes, measure))
-        shapes = [leaf.shape for leaf in jax.tree.leaves((data, experiments))]
+        shapes = layout.shapes(data, lanes, on), layout.shapes(experiments, lanes, on)
 
         def checked(*given: Any) -> None:
-            assert [leaf.shape for leaf in jax.tree.leaves(given)] == shapes
+            wanted = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+            assert [leaf.shape for leaf in jax.tree.leaves(given)] == wanted
 
         def init(seeds, data, experiments):
             checked(data, experiments)
@@ -62,7 +63,8 @@ class Programs:
             found = {name: np.broadcast_to(leaf, rounds.shape) for name, leaf in found.items()}
             return {**states, "round": states["round"] + rounds_per_chunk}, found
 
-        return program_of(init, chunk, lanes * self.bytes_a_lane, {})
+        program = program_of(init, chunk, lanes * self.bytes_a_lane, {})
+        return SimpleNamespace(compile=lambda: program)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def on() -> Any:
 @pytest.fixture
 def programs(monkeypatch) -> Programs:
     programs = Programs()
-    monkeypatch.setattr(sweep, "make_program", programs)
+    monkeypatch.setattr(sweep, "trace", programs)
     return programs
 
 

@@ -16,8 +16,9 @@ from flax import linen as nn
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh
 
+from experiments.sweep.options import Driver
 from experiments.sweep.plan import Group, Run
-from noisefl import keys, layout, mesh, parts, simulate, sweep
+from noisefl import keys, layout, mesh, parts, sweep
 from noisefl.data import Dataset, Federation, federate, holdings, load
 from noisefl.errors import refuse
 from noisefl.experiment import Experiment
@@ -40,16 +41,19 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-class Lanes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Lanes:
     """A group, checked.
 
     Attributes:
       columns: of the widest table of clients of all runs.
+      traced: programs by lanes and rounds a chunk, so that none is traced twice.
     """
 
     group: Group
     dataset: Dataset
     columns: int
+    traced: dict[tuple[int, int], sweep.Traced] = dataclasses.field(default_factory=dict)
 
     def experiment(self, run: Run) -> Experiment:
         """For the classes of the data set, with everything automatic chosen for this machine."""
@@ -63,17 +67,32 @@ class Lanes(NamedTuple):
         """Lanes of a batch, before anyone knows whether they fit."""
         return layout.width(len(self.group.runs), on, lanes_at_once)
 
+    def trace(self, on: Mesh, width: int, rounds_per_chunk: int) -> sweep.Traced:
+        """The program of a batch of `width` lanes, before XLA sees it.
+
+        Raises:
+          ValueError: parts that do not fit each other.
+        """
+        key = width, rounds_per_chunk
+        if key not in self.traced:
+            first = self.group.runs[0]
+            data = federate(self.dataset, first.setup.deal, seed=first.seed)
+            self.traced[key] = sweep.trace(
+                parts.lanes([self.experiment(first)]), layout.stack([data], self.columns),
+                width, rounds_per_chunk, on, first.setup.measures,
+            )  # fmt: skip
+        return self.traced[key]
+
     def compile(self, on: Mesh, width: int, rounds_per_chunk: int) -> Compiled:
         """The program of a batch of `width` lanes, or of as many as fit.
 
         Raises:
           TooLarge: not even one lane a device does.
         """
-        begin, measures = time.perf_counter(), self.group.runs[0].setup.measures
+        begin = time.perf_counter()
 
         def one(width: int) -> sweep.Program:
-            _, data, experiments = self.inputs(on, self.group.runs[:width], width)
-            return sweep.make_program(experiments, data, width, rounds_per_chunk, on, measures)
+            return self.trace(on, width, rounds_per_chunk).compile()
 
         return Compiled(*sweep.fitting(one, width, on), time.perf_counter() - begin)
 
@@ -100,36 +119,29 @@ class Lanes(NamedTuple):
         )
 
 
-def prepare(group: Group, data_dir: str) -> Lanes:
-    """Loads the data and traces a round: finds what is wrong with either, in seconds.
+def prepare(group: Group, driver: Driver, on: Mesh) -> Lanes:
+    """Loads the data and traces the program: finds what is wrong with either, in seconds.
 
     Raises:
       ValueError, OSError: a model that does not take the images, a partition that cannot be made,
         parts that do not fit each other.
     """
     first = group.runs[0]
-    dataset = dataset_of(first.setup.driver.dataset, data_dir)
+    dataset = dataset_of(first.setup.driver.dataset, driver.data_dir)
     labels = np.asarray(dataset.train_labels)
     distinct = {_dealt(run): run for run in group.runs}.values()
     columns = max(holdings(labels, r.setup.deal, r.seed).clients.shape[1] for r in distinct)
     lanes = Lanes(group, dataset, columns)
-    experiment = lanes.experiment(first)
-    key, shape = jax.random.key(0), dataset.train_images.shape[1:]
+    model, shape = lanes.experiment(first).functions, dataset.train_images.shape[1:]
     try:
-        jax.eval_shape(lambda key: experiment.functions.init(key, shape), key)
+        jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         if str(error).startswith("model="):
             raise
         allowed = f"does not take images of shape {shape}"
         raise refuse("model", first.flags["model"], allowed) from None
-    data = federate(dataset, first.setup.deal, seed=first.seed)
-    jax.eval_shape(_one_round, key, experiment, data, first.setup.measures)
+    lanes.trace(on, lanes.width(on, driver.lanes_at_once), driver.rounds_per_chunk)
     return lanes
-
-
-def _one_round(key: jax.Array, experiment: Experiment, data: Federation, measures: Any) -> Any:
-    state = simulate.begin(key, experiment, data, measures)
-    return simulate.measured_step(key, state, data, experiment, measures)
 
 
 @functools.lru_cache(maxsize=1)  # the images of one data set at a time

@@ -1,5 +1,6 @@
 """When a scheme applies: wrappers around any other scheme."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -95,6 +96,7 @@ class Delayed(Wrapper):
     ) -> tuple[Issue, Carry]:  # fmt: skip
         early, own, inside = self.early(round, owner, judge, carry)
 
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the branch
         def protected() -> tuple[Issue, Carry]:
             return self.inner.issue(key, round, base, owner, members, judge, inside)
 
