@@ -38,8 +38,8 @@ class Measure(Part):
         """bool []: it is measured in round t. What is not measured is NaN, and null in a file."""
         return round % self.every == 2 % self.every
 
-    def init(self, experiment: Experiment, data: Federation) -> Any:
-        """What it remembers before the first round."""
+    def init(self, experiment: Experiment, data: Federation, state: State) -> Any:
+        """What it remembers before the first round, from the state of `round.init`."""
         return ()
 
     def observe(
@@ -97,21 +97,27 @@ class Accuracies(Measure):
     validation: shares of the whole split. Where nothing shipped, the copies are those that would
     have been, had the cap held.
 
-    `every` is of the accuracies on validation, except those that a calibrator has measured.
+    `every` is of the accuracies on validation, except those that a calibrator has measured. What a
+    round hands out bare was measured after the round before, and is remembered.
     """
+
+    def init(self, experiment: Experiment, data: Federation, state: State) -> Any:
+        """float32 [] twice: of W on test and on validation; NaN if not known."""
+        apply, batch = experiment.functions.apply, experiment.strategy.eval_batch or 1
+        return tuple(
+            evaluate.accuracy(apply, state.base, *images, batch) for images in _splits(data)
+        )
 
     def update(
         self, experiment: Experiment, before: State, after: State, info: RoundInfo,
         observed: Any, data: Federation, carry: Any,
     ) -> tuple[Numbers, Any]:  # fmt: skip
-        test = data.test_images, data.test_labels
-        validation = data.validation_images, data.validation_labels
+        test, validation = _splits(data)
         model, batch = experiment.functions, experiment.strategy.eval_batch or 1
         scheme, issue = experiment.scheme, info.issue
         slots = scheme.slots(experiment.cohort)
         places = jnp.asarray(list(slots.values()), jnp.int32)
         cut = split.at(model, scheme.touched(model, data.image_shape), data.image_shape)
-
         due, nan = self.due(after.round), jnp.float32(jnp.nan)
 
         def accuracy(params: Params, images: Split) -> jax.Array:
@@ -121,28 +127,36 @@ class Accuracies(Measure):
             like = jax.eval_shape(measured)
             return lax.cond(due, measured, lambda: jnp.full(like.shape, nan))
 
-        def copies(images: Split) -> jax.Array:
-            """float32 [V]. Of bare copies the first alone is looked at."""
-            of = split.accuracy_of(model, cut, before.base, *images, batch)
+        def copies(images: Split, of_base: jax.Array) -> jax.Array:
+            """float32 [V]; of bare ones the first is looked at, if at all."""
             noised = issue.protected & (issue.strength > 0)
 
-            def one(number: jax.Array, found: jax.Array) -> jax.Array:
-                return found.at[number].set(of(received(experiment, before, info, places[number])))
+            def looked_at() -> jax.Array:
+                of = split.accuracy_of(model, cut, before.base, *images, batch)
 
-            distinct = jnp.where(noised, len(slots), 1)
-            found = lax.fori_loop(0, distinct, one, jnp.zeros(len(slots), jnp.float32))
-            return jnp.where(noised, found, found[0])
+                def one(number: jax.Array, found: jax.Array) -> jax.Array:
+                    copy = received(experiment, before, info, places[number])
+                    return found.at[number].set(of(copy))
 
-        on_test = copies(test)
+                distinct = jnp.where(noised, len(slots), 1)
+                found = lax.fori_loop(0, distinct, one, jnp.zeros(len(slots), jnp.float32))
+                return jnp.where(noised, found, found[0])
+
+            known = jnp.full(len(slots), of_base)
+            return lax.cond(noised | jnp.isnan(of_base), looked_at, lambda: known)
+
+        base_on_test, base_on_validation = carry
+        on_test = copies(test, base_on_test)
         if experiment.accuracy_on == "validation" and issue.accuracy.shape == on_test.shape:
             on_validation = lax.cond(  # the calibrator has often measured it already
                 jnp.any(jnp.isnan(issue.accuracy)),
-                lambda: sometimes(lambda: copies(validation)),
+                lambda: sometimes(lambda: copies(validation, base_on_validation)),
                 lambda: issue.accuracy,
             )
         else:
-            on_validation = sometimes(lambda: copies(validation))
+            on_validation = sometimes(lambda: copies(validation, base_on_validation))
         base_accuracy = accuracy(after.base, test)
+        owner_on_validation = sometimes(lambda: accuracy(after.owner, validation))
         named = {}
         for place, name in enumerate(slots if len(slots) <= 2 else []):
             named[f"{name}_accuracy"] = on_test[place]
@@ -153,10 +167,16 @@ class Accuracies(Measure):
             ),
             "base_accuracy": base_accuracy,
             "shared_accuracy": jnp.max(on_test),
-            "owner_validation_accuracy": sometimes(lambda: accuracy(after.owner, validation)),
+            "owner_validation_accuracy": owner_on_validation,
             "shared_validation_accuracy": jnp.max(on_validation),
             **named,
-        }, carry
+        }, (base_accuracy, jnp.where(issue.protected, nan, owner_on_validation))
+
+
+def _splits(data: Federation) -> tuple[Split, Split]:
+    """Test and validation."""
+    test = data.test_images, data.test_labels
+    return test, (data.validation_images, data.validation_labels)
 
 
 @part
@@ -216,8 +236,8 @@ class Standard(Measure):
         thief = Thief(attack=OwnModel(), test_images=self.local_test_size, every=self.every)
         return Protocol(), Accuracies(every=self.every), thief, *self.more
 
-    def init(self, experiment: Experiment, data: Federation) -> Any:
-        return tuple(one.init(experiment, data) for one in self.parts)
+    def init(self, experiment: Experiment, data: Federation, state: State) -> Any:
+        return tuple(one.init(experiment, data, state) for one in self.parts)
 
     def observe(
         self, experiment: Experiment, data: Federation, round: jax.Array, key: jax.Array,

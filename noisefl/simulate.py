@@ -24,7 +24,7 @@ def begin(key: jax.Array, experiment: Experiment, data: Federation, measure: Mea
     """`round.init`, with what the measure remembers; arguments as there."""
     experiment = experiment.resolved()
     state = init(key, experiment, data)
-    return state.replace(measured=measure.init(experiment, data))  # pyright: ignore
+    return state.replace(measured=measure.init(experiment, data, state))  # pyright: ignore
 
 
 def measured_step(

@@ -35,7 +35,7 @@ class Counting(Measure):
 
     abstract: ClassVar[bool] = True
 
-    def init(self, experiment, data):
+    def init(self, experiment, data, state):
         return jnp.int32(0)
 
     def observe(self, experiment, data, round, key, copy, returned, own):
@@ -62,7 +62,8 @@ def chunks():
 def begin():
     state = simulate.begin(keys.root(1), EXPERIMENT, DATA, KEPT)
     base = jax.tree.map(jnp.float32, fed.trained())
-    return fed.replaced(state, base=base, owner=jax.tree.map(jnp.copy, base))
+    state = fed.replaced(state, base=base, owner=jax.tree.map(jnp.copy, base))
+    return fed.replaced(state, measured=KEPT.init(EXPERIMENT.resolved(), DATA, state))
 
 
 @pytest.fixture(scope="module")

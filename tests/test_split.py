@@ -300,7 +300,8 @@ def test_what_a_round_asks_is_answered_as_without_the_cut(monkeypatch):
         issue, _ = scheme.issue(key, jnp.int32(1), base, base, members, judge, carry)
         state = State(nothing, base, base, carry, (), ())
         info = RoundInfo(members, issue, {}, (), nothing, jnp.bool_(True))
-        return measure.Accuracies().update(last, state, state, info, (), data, ())[0], issue
+        known = measure.Accuracies().init(last, data, state)
+        return measure.Accuracies().update(last, state, state, info, (), data, known)[0], issue
 
     real, answers, cuts = split.at, [], []
     for at in (lambda *args: cuts.append(real(*args)) or cuts[-1], lambda *args: None):
