@@ -15,13 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import federation as fed
 import jax
+import jax.numpy as jnp
 import many_lanes
 import numpy as np
 import pytest
 from many_lanes import CHUNK, MEASURE, ROUNDS
 
-from noisefl import keys, layout, mesh, optimizers, parts, sweep
+from noisefl import keys, layout, mesh, optimizers, parts, simulate, sweep
+from noisefl.measure import Protocol
 
 # One sum in another order, in each of 4 rounds of parameters of size 1.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
@@ -271,3 +274,15 @@ def test_as_xla_compiles_by_default_a_lane_is_its_single_run_to_the_bit(alone, o
     (ratio,) = (name for name in wanted if name.endswith("['relative_strength']"))
     np.testing.assert_allclose(found.pop(ratio), wanted.pop(ratio), **CLOSE)
     assert_same(found, wanted)
+
+
+def test_a_model_of_two_functions_has_lanes_too(on):
+    """(init, apply), of which a program knows no layer."""
+    some = [fed.TINY, fed.experiment(learning_rate=0.25)]
+    roots, data, kept = jnp.stack([keys.root(1), keys.root(2)]), fed.federation(), Protocol()
+    result = sweep.run(some, roots, [data, data], rounds=2, measure=kept, on=on)
+    simulation = jax.jit(simulate.chunk_of_rounds(2, kept))
+    for number, experiment in enumerate(some):
+        state = simulate.begin(roots[number], experiment, data, kept)
+        single = simulation(roots[number], state, data, experiment, jnp.int32(2))
+        assert_same(lane_of(result, number), jax.tree.map(np.asarray, single), **CLOSE)
