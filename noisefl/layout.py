@@ -99,7 +99,7 @@ def width(total: int, on: Mesh, lanes_at_once: int | None = None) -> int:
       lanes_at_once: largest number, rounded up to the mesh; default as above.
     """
     across = on.shape[mesh.LANES]
-    most = lanes_at_once or strategy.lanes_a_device(total) * across
+    most = lanes_at_once or strategy.lanes_a_device(total, mesh.target(on)) * across
     batches = math.ceil(total / max(most, across))
     return math.ceil(math.ceil(total / batches) / across) * across
 

@@ -37,6 +37,12 @@ def make(clients: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, (LANES, CLIENTS), (AxisType.Auto,) * 2, devices=devices)
 
 
+def target(mesh: Mesh) -> str:
+    """The platform of its devices, which need not be there: "cpu", "gpu" or "tpu"."""
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def over_lanes(mesh: Mesh) -> NamedSharding:
     """Of arrays [L, ...]: split over the lanes' devices, copied over the clients'."""
     return NamedSharding(mesh, PartitionSpec(LANES))

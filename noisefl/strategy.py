@@ -88,12 +88,12 @@ def lowered(model: Any, lowering: Lowering) -> Any:
     return model.clone(lowering=Lowering(**given))
 
 
-def lanes_side_by_side(lanes: int) -> int:
+def lanes_side_by_side(lanes: int, target: str) -> int:
     """Lanes of a sweep side by side on one device; on a CPU one keeps a core busy, as a client."""
-    return 1 if jax.default_backend() == "cpu" else lanes
+    return 1 if target == "cpu" else lanes
 
 
-def lanes_a_device(total: int) -> int:
+def lanes_a_device(total: int, target: str) -> int:
     """Lanes of one program on one device before the memory is looked at. On a CPU lanes go in turn:
     enough of them that devices seldom wait for each other, few enough to be seen to advance."""
-    return min(total, 8 if jax.default_backend() == "cpu" else 256)
+    return min(total, 8 if target == "cpu" else 256)

@@ -89,10 +89,13 @@ def trace(
     kept = Standard() if measure is None else measure
     axis = mesh.CLIENTS if on.shape[mesh.CLIENTS] > 1 else ""
     one = chunk_of_rounds(rounds_per_chunk, kept)
-    at_once = side_by_side or strategy.lanes_side_by_side(lanes // on.shape[mesh.LANES])
+    own = lanes // on.shape[mesh.LANES]
+    at_once = side_by_side or strategy.lanes_side_by_side(own, mesh.target(on))
 
     def placed(experiment: Experiment) -> Experiment:
-        return experiment.replace(strategy=experiment.strategy.replace(clients_axis=axis))
+        how = experiment.resolved().strategy  # lanes side by side share a forward pass
+        batch = max((how.eval_batch or 1) // at_once, 1)
+        return experiment.replace(strategy=how.replace(clients_axis=axis, eval_batch=batch))
 
     def init(seeds: jax.Array, data: Federation, experiments: Experiment) -> State:
         def first(x: Any) -> State:

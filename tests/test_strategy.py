@@ -105,11 +105,10 @@ def test_resolving_twice_is_resolving_once(monkeypatch):
             assert all(np.array_equal(ours, theirs) for ours, theirs in numbers)
 
 
-def test_lanes_of_a_cpu_go_in_turn(monkeypatch):
-    assert (strategy.lanes_side_by_side(5), strategy.lanes_a_device(20)) == (1, 8)
-    assert strategy.lanes_a_device(5) == 5
-    on(monkeypatch, "gpu")
-    assert (strategy.lanes_side_by_side(5), strategy.lanes_a_device(300)) == (5, 256)
+def test_lanes_of_a_cpu_go_in_turn():
+    at_once, a_device = strategy.lanes_side_by_side, strategy.lanes_a_device
+    assert (at_once(5, "cpu"), a_device(20, "cpu"), a_device(5, "cpu")) == (1, 8, 5)
+    assert (at_once(5, "gpu"), a_device(300, "tpu")) == (5, 256)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,8 @@ def test_two_targets_are_two_lowerings(name):
 @pytest.mark.parametrize(
     ("how", "layer", "passes"),
     [
-        ({"target": "cpu"}, (5, 1, 6), ("patches", "patches")),
+        ({"target": "cpu"}, (5, 1, 6), ("planes", "planes")),
+        ({"target": "gpu"}, (5, 1, 6), ("patches", "patches")),
         ({"target": "cpu"}, (5, 6, 16), ("patches", "patches")),
         ({"target": "cpu"}, (5, 1, 32), ("lax", "patches")),
         ({"target": "cpu"}, (5, 32, 64), ("lax", "winograd")),

@@ -26,30 +26,38 @@ def pad_same(images: jax.Array, size: int) -> jax.Array:
     return jnp.pad(images, ((0, 0), border, border, (0, 0)))
 
 
+def _shifted(images: jax.Array, axis: int, size: int) -> list[jax.Array]:
+    """The shifts whose entries at one place are a window of `size` along one axis."""
+    length = images.shape[axis] - size + 1
+    return [lax.slice_in_dim(images, at, at + length, axis=axis) for at in range(size)]
+
+
 def by_patches(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
     """Convolution without padding as one matrix product of patches.
 
     A window is cut column by column, and then row by row out of what that gave: 2 · size copies
     for XLA to compile and to launch instead of size².
     """
-    size, _, channels, features = kernel.shape
-    rows, columns = images.shape[1] - size + 1, images.shape[2] - size + 1
+    size, _, _, features = kernel.shape
+    across = jnp.concatenate(_shifted(images, 2, size), axis=-1)
+    patches = jnp.concatenate(_shifted(across, 1, size), axis=-1)
     matrix = kernel.reshape(-1, features)
+    out: Any = product(patches.reshape(-1, len(matrix)), matrix, precision)
+    return out.reshape(*patches.shape[:3], features)
 
-    def shifted(x: jax.Array, axis: int, length: int) -> list[jax.Array]:
-        return [lax.slice_in_dim(x, at, at + length, axis=axis) for at in range(size)]
 
-    if channels == 1 and features < 16:
-        # Single numbers side by side are slow to write. Whole images one after another are not,
-        # and the few output channels become the short side of a long product.
-        across = jnp.stack(shifted(images[..., 0], 2, columns))
-        patches = jnp.stack(shifted(across, 2, rows))
-        out: Any = product(matrix.T, patches.reshape(size * size, -1), precision)
-        return jnp.moveaxis(out.reshape(features, -1, rows, columns), 0, -1)
-    across = jnp.concatenate(shifted(images, 2, columns), axis=-1)
-    patches = jnp.concatenate(shifted(across, 1, rows), axis=-1)
-    out = product(patches.reshape(-1, len(matrix)), matrix, precision)
-    return out.reshape(-1, rows, columns, features)
+def by_planes(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """`by_patches` of images of one channel to few, for a CPU.
+
+    Single numbers side by side are slow to write. Whole images one after another are not, and the
+    few output channels become the short side of a long product.
+    """
+    size, _, _, features = kernel.shape
+    across = jnp.stack(_shifted(images[..., 0], 2, size))
+    patches = jnp.stack(_shifted(across, 2, size))
+    matrix = kernel.reshape(-1, features)
+    out: Any = product(matrix.T, patches.reshape(len(matrix), -1), precision)
+    return jnp.moveaxis(out.reshape(features, *patches.shape[2:]), 0, -1)
 
 
 def by_lax(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
@@ -86,7 +94,12 @@ def _lax(precision: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return convolve
 
 
-LOWERED = {"patches": by_patches, "winograd": winograd.convolve, "lax": by_lax}
+LOWERED = {
+    "patches": by_patches,
+    "planes": by_planes,
+    "winograd": winograd.convolve,
+    "lax": by_lax,
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
