@@ -97,3 +97,9 @@ def lanes_a_device(total: int, target: str) -> int:
     """Lanes of one program on one device before the memory is looked at. On a CPU lanes go in turn:
     enough of them that devices seldom wait for each other, few enough to be seen to advance."""
     return min(total, 8 if target == "cpu" else 256)
+
+
+def eval_batch_of_a_lane(batch: int, lanes: int) -> int:
+    """Images of each lane in one forward pass, where lanes side by side share it: 64 lanes of 1,000
+    images would be 64,000. With less than 32 a pass is little more than its launches."""
+    return max(batch // lanes, min(batch, 32))

@@ -93,8 +93,8 @@ def trace(
     at_once = side_by_side or strategy.lanes_side_by_side(own, mesh.target(on))
 
     def placed(experiment: Experiment) -> Experiment:
-        how = experiment.resolved().strategy  # lanes side by side share a forward pass
-        batch = max((how.eval_batch or 1) // at_once, 1)
+        how = experiment.resolved().strategy
+        batch = strategy.eval_batch_of_a_lane(how.eval_batch or 1, at_once)
         return experiment.replace(strategy=how.replace(clients_axis=axis, eval_batch=batch))
 
     def init(seeds: jax.Array, data: Federation, experiments: Experiment) -> State:

@@ -53,7 +53,7 @@ def test_max_pooling(shape, ties):
     wanted = [numpy_pool(*lane) for lane in zip(x, g, strict=True)]
     assert ties == any(np.count_nonzero(back) > g[0].size for _, back in wanted)
     outs = {}
-    for how in ("compare", "reduce", "auto"):
+    for how in ("compare", "mask", "reduce", "auto"):
 
         def pooled(x, g, how=how) -> Any:
             out, pullback = jax.vjp(lambda x: max_pool(x, Lowering(pool=how)), x)

@@ -112,6 +112,14 @@ def test_lanes_of_a_cpu_go_in_turn():
 
 
 @pytest.mark.parametrize(
+    ("batch", "lanes", "wanted"),
+    [(50, 1, 50), (1000, 8, 125), (1000, 64, 32), (8, 2, 8), (1000, 2000, 32)],
+)
+def test_lanes_side_by_side_share_the_images_of_a_forward_pass(batch, lanes, wanted):
+    assert strategy.eval_batch_of_a_lane(batch, lanes) == wanted
+
+
+@pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"conv": "winogard"}, "conv='winogard': must be one of .* mean winograd"),
@@ -196,7 +204,7 @@ def test_how_pooling_and_dense_gradients_are_lowered(monkeypatch):
     assert Lowering(target="cpu", precision="bfloat16").dense_of(1) == "matmul"
     assert Lowering(target="cpu", dense="matmul").dense_of(1) == "matmul"
     assert Lowering(target="gpu", dense="outer").dense_of(99) == "outer"
-    assert cpu.pool_of() == gpu.pool_of() == "compare"
+    assert (cpu.pool_of(), gpu.pool_of()) == ("compare", "mask")
     assert Lowering(pool="reduce").pool_of() == "reduce"
     # Without a target it is this machine's.
     on(monkeypatch, "gpu")

@@ -196,8 +196,8 @@ def max_pool(x: jax.Array, lowering: Lowering | None = None) -> jax.Array:
 
     Maps [B, H, W, Ch] to [B, H // 2, W // 2, Ch]. Equal maxima share the gradient equally.
     """
-    pool = _pool if (lowering or Lowering()).pool_of() == "compare" else _reduce
-    return pool(_blocks(x))
+    pool = {"compare": _compare, "mask": _mask, "reduce": _reduce}
+    return pool[(lowering or Lowering()).pool_of()](_blocks(x))
 
 
 def _reduce(blocks: jax.Array) -> jax.Array:
@@ -205,7 +205,12 @@ def _reduce(blocks: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _pool(blocks: jax.Array) -> jax.Array:
+def _compare(blocks: jax.Array) -> jax.Array:
+    return _reduce(blocks)
+
+
+@jax.custom_vjp
+def _mask(blocks: jax.Array) -> jax.Array:
     return _reduce(blocks)
 
 
@@ -214,7 +219,7 @@ def _pool_forward(blocks: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Ar
     return top, (blocks, top)
 
 
-def _pool_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+def _compare_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
     blocks, top = residual
     # Four comparisons that XLA fuses; the gradient of its own reduction writes each mask to memory.
     hit = [[blocks[:, :, row, :, column] == top for column in (0, 1)] for row in (0, 1)]
@@ -223,4 +228,12 @@ def _pool_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple
     return (jnp.stack(rows, axis=2),)
 
 
-_pool.defvjp(_pool_forward, _pool_backward)
+def _mask_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+    blocks, top = residual
+    hit = blocks == top[:, :, None, :, None]  # one kernel, where four stacked ones are many more
+    share = g / jnp.sum(hit, axis=(2, 4), dtype=g.dtype)
+    return (jnp.where(hit, share[:, :, None, :, None], 0),)
+
+
+_compare.defvjp(_pool_forward, _compare_backward)
+_mask.defvjp(_pool_forward, _mask_backward)

@@ -8,7 +8,7 @@ from noisefl.errors import nearest, refuse
 
 LOWERINGS: dict[str, tuple[str, ...]] = {
     "conv": ("auto", "patches", "winograd", "lax"),
-    "pool": ("auto", "compare", "reduce"),
+    "pool": ("auto", "compare", "mask", "reduce"),
     "dense": ("auto", "matmul", "outer"),
     "precision": ("default", "float32", "bfloat16"),
 }
@@ -22,7 +22,8 @@ class Lowering:
       conv: "patches": shifted images side by side, one matrix product; "winograd": a sixth to a
         third of its multiplications, about 10 times its rounding error, kernels of 2 × 2 to 5 × 5;
         "lax": XLA's own convolution, which is slow in a loop on a CPU and under vmap.
-      pool: gradient of max pooling by "compare" with the maximum, or XLA's own of a "reduce".
+      pool: gradient of max pooling by "compare" with the maximum, place by place in a window; by a
+        "mask" of whole windows; or XLA's own of a "reduce".
       dense: gradient of a dense kernel by "matmul", or as a sum of the rows' "outer" products,
         which XLA fuses with the optimizer's update, so that a large kernel is written once a step.
       target: the platform that "auto" is for: "cpu", "gpu" or "tpu"; None is the default backend.
@@ -66,7 +67,9 @@ class Lowering:
         )
 
     def pool_of(self) -> str:
-        return "compare" if self.pool == "auto" else self.pool
+        if self.pool != "auto":
+            return self.pool
+        return "compare" if self._on_cpu() else "mask"
 
     def dense_of(self, rows: int) -> str:
         """ "matmul" or "outer" for a batch of `rows`."""
