@@ -35,19 +35,36 @@ def _shifted(images: jax.Array, axis: int, size: int) -> list[jax.Array]:
 def by_patches(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
     """Convolution without padding as one matrix product of patches.
 
-    A window is cut column by column, and then row by row out of what that gave: 2 · size copies
-    for XLA to compile and to launch instead of size².
+    All size² shifts side by side: their gradient is one sum.
     """
-    size, _, _, features = kernel.shape
+    size = kernel.shape[0]
+    rows, columns = (length - size + 1 for length in images.shape[1:3])
+    shifts = [
+        images[:, row : row + rows, column : column + columns]
+        for row in range(size)
+        for column in range(size)
+    ]
+    return _of_patches(jnp.concatenate(shifts, axis=-1), kernel, precision)
+
+
+def by_strips(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """`by_patches` for a forward pass alone: the same, in 2 · size copies for XLA to compile and run.
+
+    A window is cut column by column, and then row by row out of what that gave.
+    """
+    size = kernel.shape[0]
     across = jnp.concatenate(_shifted(images, 2, size), axis=-1)
-    patches = jnp.concatenate(_shifted(across, 1, size), axis=-1)
-    matrix = kernel.reshape(-1, features)
+    return _of_patches(jnp.concatenate(_shifted(across, 1, size), axis=-1), kernel, precision)
+
+
+def _of_patches(patches: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    matrix = kernel.reshape(-1, kernel.shape[-1])
     out: Any = product(patches.reshape(-1, len(matrix)), matrix, precision)
-    return out.reshape(*patches.shape[:3], features)
+    return out.reshape(*patches.shape[:3], kernel.shape[-1])
 
 
 def by_planes(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
-    """`by_patches` of images of one channel to few, for a CPU.
+    """`by_strips` of images of one channel to few, for a CPU.
 
     Single numbers side by side are slow to write. Whole images one after another are not, and the
     few output channels become the short side of a long product.
@@ -96,6 +113,7 @@ def _lax(precision: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 LOWERED = {
     "patches": by_patches,
+    "strips": by_strips,
     "planes": by_planes,
     "winograd": winograd.convolve,
     "lax": by_lax,

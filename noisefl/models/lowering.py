@@ -51,19 +51,20 @@ class Lowering:
         alone, and in one that is differentiated."""
         fits = 2 <= size <= 5
         # A GPU's compiler cannot tile the long product of planes.
-        patches = "planes" if channels == 1 and features < 16 and self._on_cpu() else "patches"
+        planes = channels == 1 and features < 16 and self._on_cpu()
+        patches = ("planes", "planes") if planes else ("strips", "patches")
         if self.conv == "patches" or (self.conv == "winograd" and not fits):
-            return patches, patches
+            return patches
         if self.conv != "auto":
             return self.conv, self.conv
         if not self._on_cpu() or self.precision == "bfloat16":
             # A GPU's own product runs in TensorFloat-32, whose rounding Winograd would amplify.
-            return patches, patches
+            return patches
         # The transforms are paid back by products over many channels only, and so is XLA's own
         # convolution, whose forward pass is the fastest of all there.
         return (
-            "lax" if features >= 32 else patches,
-            "winograd" if fits and min(channels, features) >= 16 else patches,
+            "lax" if features >= 32 else patches[0],
+            "winograd" if fits and min(channels, features) >= 16 else patches[1],
         )
 
     def pool_of(self) -> str:
