@@ -48,7 +48,7 @@ def by_patches(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Arra
 
 
 def by_strips(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
-    """`by_patches` for a forward pass alone: the same, in 2 · size copies for XLA to compile and run.
+    """`by_patches` for a forward pass alone: the same, in 2 · size copies for XLA to compile.
 
     A window is cut column by column, and then row by row out of what that gave.
     """
