@@ -114,6 +114,13 @@ def test_more_rounds_equal_a_longer_run(tiny, single, tmp_path, calls):
     assert contents(out) == contents(single)
 
 
+def test_a_run_that_ended_inside_a_chunk_goes_on_from_there(tiny, tmp_path):
+    args = (*tiny, f"--out={tmp_path}", "--rounds_per_chunk=3")
+    assert main(*args, "--rounds=2") == 0
+    assert main(*args) == 0
+    assert [row["round"] for row in rows(tmp_path)] == [1, 2, 3, 4] * 2
+
+
 @pytest.mark.parametrize("lost", ["summary.json", "metrics.jsonl", "figure1.png"])
 def test_what_is_lost_is_written_again_from_the_checkpoint(tiny, single, copy, calls, lost):
     if lost == "figure1.png":  # as a kill leaves it, before the summary is written
