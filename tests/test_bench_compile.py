@@ -163,14 +163,31 @@ def test_every_preset_lowers_for_every_platform(preset, target, platform):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", targets.TARGETS)
-def test_the_quickstarts_round_compiles(name, tmp_path):
-    if not targets.installed(name):
-        pytest.skip(f"XLA's compiler for {name} is not installed")
-    flags = [f"--target={name}", "--workloads=lenet", f"--json={tmp_path / 'found.json'}"]
-    command = [sys.executable, "-m", "experiments.bench_compile", *flags]
-    subprocess.run(command, check=True, timeout=600)
+@pytest.mark.parametrize(
+    ("target", "workload", "clients", "lanes", "gigabytes"),
+    [
+        ("h100", "lenet", 10, 1, 1),  # the quickstart's model
+        ("h100", "lenet", 10, 256, 40),
+        ("h100", "cifar10", 50, 1, 2),
+        ("h100", "mcmahan", 100, 1, 3),
+        ("h100", "mcmahan", 10, 64, 40),
+        ("v5e", "lenet", 10, 1, 1),
+        ("v5e", "mcmahan", 10, 1, 4),
+    ],
+)
+def test_it_compiles_and_fits(target, workload, clients, lanes, gigabytes, tmp_path):
+    """With everything that is measured by default; where XLA's compiler for the target is
+    installed."""
+    if not targets.installed(target):
+        pytest.skip(f"XLA's compiler for {target} is not installed")
+    flags = {"target": target, "workloads": workload, "clients": clients, "lanes": lanes}
+    command = [sys.executable, "-m", "experiments.bench_compile"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    subprocess.run([*command, f"--json={tmp_path / 'found.json'}"], check=True, timeout=600)
     [found] = json.loads((tmp_path / "found.json").read_text())
-    assert found["temp_bytes"] < 4e9
-    assert found["bound_seconds"] > 0
+    assert (found["target"], found["workload"]) == (target, workload)
+    assert (found["clients"], found["lanes"]) == (clients, lanes)
+    assert found["temp_bytes"] < gigabytes * 1e9
     assert found["kernels_per_client_step"] > 5
+    times = {name: found[f"bound_{name}_seconds"] for name in ("operations", "bytes", "launches")}
+    assert found["bound_seconds"] == max(times.values()) == times[found["bound_by"]] > 0
