@@ -1,9 +1,11 @@
 """`python -m experiments.bench_compile`: what rounds would be on an accelerator that is not there.
 
 XLA compiles a chunk of rounds of the quickstart's scheme, with all that the driver records, for an
-NVIDIA H100 or a TPU v5e on any machine. What it plans is exact: bytes, kernels. The bound is no
-measurement: a round cannot be faster than its operations at the peak rate, the bytes it moves at
-the peak bandwidth, or its kernels one after another (`bench.targets` has the constants).
+NVIDIA H100 or a TPU v5e on any machine. The memory is what it plans, the kernels are those in its
+text (of a TPU also copies and slices that are no launches). The bound is no measurement: the
+largest of a round's operations at the peak rate, the bytes of its kernels' operands and results at
+the peak bandwidth, as if nothing stayed in a cache, and its kernels one after another
+(`bench.targets` has the constants).
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from experiments.bench.workloads import WORKLOADS, Workload, operations
 from noisefl import (
     Cohort,
     Experiment,
+    Federation,
     Strategy,
     evaluate,
     layout,
@@ -32,7 +35,7 @@ from noisefl import (
     parts,
     presets,
     sweep,
-)  # fmt: skip
+)
 from noisefl.errors import nearest, refuse
 from noisefl.local import SGD, Training
 
@@ -144,7 +147,7 @@ def compiled(case: Case) -> dict[str, Any]:
 
     groups = -(-workload.cohort // (experiment.strategy.clients_at_once or 1))
     steps = groups * -(-workload.client_size // workload.batch_size)  # one after another
-    looked_at = evaluated(workload, data.validation_labels.shape[1])
+    looked_at = evaluated(workload, data)
     per_image = operations(workload.network(), workload.image_shape)
     work = per_image.step * workload.images + per_image.forward * looked_at
     moved = steps * bytes_of_step(case, experiment) + looked_at * bytes_of_image(case, experiment)
@@ -175,11 +178,11 @@ def compiled(case: Case) -> dict[str, Any]:
     }
 
 
-def evaluated(workload: Workload, validation: int) -> int:
+def evaluated(workload: Workload, data: Federation) -> int:
     """Images forwarded by a round's measurements, at most: W, G and a pair on test, G and the pair
     on validation, every client's own model. What calibration reads is not known beforehand."""
     own = workload.cohort * KEPT.local_test_size
-    return 4 * workload.data().test_labels.size + 3 * validation + own
+    return 4 * data.test_labels.size + 3 * data.validation_labels.size + own
 
 
 def bytes_of_step(case: Case, experiment: Experiment) -> float:

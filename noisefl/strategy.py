@@ -24,7 +24,10 @@ class Strategy(Part):
         none=AUTOMATIC,
     )  # fmt: skip
     eval_batch: int | None = size(
-        None, "images in one forward pass of an evaluation", unit="images", none=AUTOMATIC
+        None,
+        "images in one forward pass of an evaluation; lanes side by side share them",
+        unit="images",
+        none=AUTOMATIC,
     )
     gather: str = choice(
         "auto", ("auto", "step", "client"), "a client's images are fetched each step, or at once"

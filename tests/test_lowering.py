@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from noisefl.models import Lowering, convolve, winograd
+from noisefl.models.layers import LOWERED
 
 U = 2.0**-24
 CONVS = ["patches", "winograd", "lax", "auto"]
@@ -286,3 +287,21 @@ def test_a_padding_that_is_none():
     images, kernel, _ = map(jnp.asarray, arrays(CASES[0]))
     with pytest.raises(ValueError, match=r"^padding='same': must be SAME or VALID$"):
         convolve(images, kernel, "same")
+
+
+@pytest.mark.parametrize("way", ["patches", "strips", "planes"])
+@pytest.mark.parametrize(("size", "height", "width", "features"), [(5, 9, 7, 6), (2, 3, 5, 1)])
+def test_every_cut_of_one_channel_is_the_same(way, size, height, width, features):
+    """Whichever of them a target takes: 5 × 5 sums of products at most 1, in any order."""
+    images, kernel = uniform(1, 2, height, width, 1), uniform(2, size, size, 1, features)
+    g = uniform(3, 2, height - size + 1, width - size + 1, features)
+
+    def both(images, kernel, g):
+        out, pullback = jax.vjp(lambda i, k: LOWERED[way](i, k, "float32"), images, kernel)
+        return out, *pullback(g)
+
+    for ours, wanted in zip(
+        run(both, images, kernel, g), naive(images, kernel, g, "VALID"), strict=True
+    ):
+        terms = max(size * size, features * size * size, g.size // features)
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=terms**2 * U)

@@ -286,3 +286,14 @@ def test_a_model_of_two_functions_has_lanes_too(on):
         state = simulate.begin(roots[number], experiment, data, kept)
         single = simulation(roots[number], state, data, experiment, jnp.int32(2))
         assert_same(lane_of(result, number), jax.tree.map(np.asarray, single), **CLOSE)
+
+
+def test_lanes_side_by_side_share_the_images_of_a_forward_pass(on):
+    """Of 34 test images, 32 each where there are two lanes, and not all 34 twice."""
+    experiment = many_lanes.experiment()
+    experiment = experiment.replace(strategy=experiment.strategy.replace(eval_batch=34))
+    data = layout.stack([many_lanes.data()] * 2)
+    numbers = parts.lanes([experiment] * 2)
+    text = str(sweep.trace(numbers, data, 2, 1, on, MEASURE, side_by_side=2).chunk.jaxpr)
+    assert "f32[2,32,6,6,1]" in text or "f32[32,6,6,1]" in text
+    assert "f32[34,6,6,1]" not in text

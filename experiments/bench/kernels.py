@@ -124,11 +124,11 @@ def _step(line: str) -> Step | None:
     if operation is None:
         return None
     kind = operation[1]
-    # A call may be XLA's name for a recorded list of launches, which is as long as what is in it.
     loop = re.search(r"body=%?([\w.\-]+)", line)
     times = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
     several = re.search(r"branch_computations=\{([^}]*)\}", line)
     either = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+    # A call may be XLA's name for a recorded list of launches, which is as long as what is in it.
     called = re.search(r"to_apply=%?([\w.\-]+)", line) if kind == "call" else None
     return Step(
         kernels=int(kind not in FREE),

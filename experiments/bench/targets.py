@@ -31,7 +31,7 @@ class Target(NamedTuple):
     Attributes:
       title: the device.
       strategy: what `Strategy.target` calls it.
-      extra: of this project, that installs XLA's compiler for it.
+      module: XLA's compiler for it, which the extra of the target's name installs.
       flops: peak of dense products at JAX's default precision, operations a second.
       bandwidth: of its memory, bytes a second.
       launch: seconds that a kernel costs beside its work.
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
     title: str
     strategy: str
-    extra: str
+    module: str
     flops: float
     bandwidth: float
     launch: float
@@ -49,22 +49,33 @@ class Target(NamedTuple):
 
 TARGETS = {
     # 495 TFLOP/s in TensorFloat-32 and 3.35 TB/s (NVIDIA H100 SXM data sheet, without sparsity); a
-    # launch inside a loop of XLA's costs 2 to 3 µs.
+    # launch inside a loop of XLA's is taken to cost 2.5 µs.
     "h100": Target(
-        "NVIDIA H100 80GB", "gpu", "h100", 495e12, 3.35e12, 2.5e-6, {"xla_gpu_autotune_level": 0}
+        title="NVIDIA H100 80GB",
+        strategy="gpu",
+        module="jax_plugins.xla_cuda12",
+        flops=495e12,
+        bandwidth=3.35e12,
+        launch=2.5e-6,
+        options={"xla_gpu_autotune_level": 0},
     ),
     # 197 TFLOP/s in bfloat16 and 819 GB/s (Google Cloud, TPU v5e). A program is one launch; what an
     # operation costs to begin is small beside that: 0.2 µs is a guess.
-    "v5e": Target("TPU v5e", "tpu", "v5e", 197e12, 819e9, 2e-7, {}),
+    "v5e": Target(
+        title="TPU v5e",
+        strategy="tpu",
+        module="libtpu",
+        flops=197e12,
+        bandwidth=819e9,
+        launch=2e-7,
+        options={},
+    ),
 }
-
-
-MODULES = {"h100": "jax_plugins.xla_cuda12", "v5e": "libtpu"}
 
 
 def installed(name: str) -> bool:
     """Whether XLA's compiler for a target is there."""
-    module = MODULES[name]
+    module = TARGETS[name].module
     package = importlib.util.find_spec(module.partition(".")[0])
     return package is not None and importlib.util.find_spec(module) is not None
 
@@ -76,7 +87,7 @@ def device(name: str) -> Any:
       ImportError: XLA's compiler for it is not installed.
     """
     if not installed(name):
-        allowed = f"needs {MODULES[name]}: pip install 'noisefl[{TARGETS[name].extra}]'"
+        allowed = f"needs {TARGETS[name].module}: pip install 'noisefl[{name}]'"
         raise ImportError(f"target={name!r}: {allowed}")
     jax.config.update("jax_platforms", "cpu")
     jax.devices()  # finds the compilers
