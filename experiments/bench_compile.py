@@ -96,13 +96,14 @@ def main(argv: list[str]) -> None:
 
 def check() -> list[Case]:
     """Every combination of the flags; raises one line about the first that is wrong."""
-    for flag, words, known in (
-        ("target", _TARGET.value, TARGETS),
-        ("workloads", _WORKLOADS.value, WORKLOADS),
-    ):
-        for word in words:
-            if word not in known:
-                raise refuse(flag, word, nearest(word, list(known)))
+    known = {"target": TARGETS, "workloads": WORKLOADS}
+    given = {"target": _TARGET, "workloads": _WORKLOADS, "clients": _CLIENTS, "lanes": _LANES}
+    for flag, words in given.items():
+        if not words.value:
+            raise refuse(flag, "", "must name at least one")
+        for word in words.value:
+            if flag in known and word not in known[flag]:
+                raise refuse(flag, word, nearest(word, list(known[flag])))
     asked = [
         (
             name,

@@ -126,6 +126,8 @@ def test_bytes_are_those_of_operands_and_results():
 def test_bad_input_is_one_line():
     says = {
         "--target=a100": "target='a100': must be one of h100, v5e",
+        "--target=": "target='': must name at least one",
+        "--clients=": "clients='': must name at least one",
         "--workloads=mnist": "workloads='mnist': must be one of mcmahan",
         "--clients=ten": "clients='ten': must be whole numbers",
         "--clients=1": "clients=1: must be 2 to the 100 of mcmahan, or 0",
