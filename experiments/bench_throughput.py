@@ -7,10 +7,9 @@ CPU). Everything that is compared is timed in turn, several times; ratios are me
 turns, so that the machine's moods cancel.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
 import re
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -19,18 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-import noisefl
 from experiments.bench import command
-from experiments.bench.peer_torch import peers
-from experiments.bench.workloads import WORKLOADS, compiled, operations
+from experiments.bench.peers import PEERS, chosen, started
+from experiments.bench.workloads import WORKLOADS, compiled, operations, split_cpu
 from noisefl import Strategy, evaluate
 from noisefl.errors import nearest, refuse
 
 _WORKLOADS = flags.DEFINE_list("workloads", list(WORKLOADS), "which, of all")
-_COMPARE = flags.DEFINE_enum("compare", None, ["torch"], "time a plain PyTorch loop as well")
+_COMPARE = flags.DEFINE_list(
+    "compare", [], f"time others as well: {', '.join(PEERS)}, or NAME=PYTHON of their environment"
+)
 _JSON = flags.DEFINE_string("json", None, "file for the results")
 _TURNS = flags.DEFINE_integer("turns", 5, "times that each is timed", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds_per_call", 0, "0: 1 on a CPU, 50 elsewhere", lower_bound=0)
@@ -41,57 +42,60 @@ _PRECISION = flags.DEFINE_string("precision", "default", "as in experiments.run"
 
 
 def main(argv: list[str]) -> None:
-    strategy = command.checked("bench_throughput", argv, check, _JSON.value)
+    strategy, pythons = command.checked("bench_throughput", argv, check, _JSON.value)
+    split_cpu()
     console = Console(highlight=False)
     device = jax.devices()[0].device_kind
     console.print(f"{jax.default_backend()} ({device}), jax {jax.__version__}; synthetic images")
     results = []
     for name in _WORKLOADS.value:
         with console.status(f"{name}: compiling and timing"):
-            results.append(measure(name, strategy))
+            try:
+                results.append(measure(name, strategy, pythons))
+            except RuntimeError as error:
+                sys.exit(f"experiments.bench_throughput: {error}")
         console.print(table(results[-1]))
     command.write(_JSON.value, results)
 
 
-def check() -> Strategy:
-    """That of the flags; raises one line about the first that is wrong."""
+def check() -> tuple[Strategy, dict[str, str]]:
+    """The strategy and each peer's Python; raises one line about the first flag that is wrong."""
     for name in _WORKLOADS.value:
         if name not in WORKLOADS:
             raise refuse("workloads", name, nearest(name, list(WORKLOADS)))
         if _COHORT.value == 1 or _COHORT.value > WORKLOADS[name].num_clients:
             allowed = f"must be 2 to the {WORKLOADS[name].num_clients} clients of {name}"
             raise refuse("cohort", _COHORT.value, allowed)
-    if _COMPARE.value == "torch" and importlib.util.find_spec("torch") is None:
-        raise refuse("compare", "torch", "needs PyTorch, which is not installed")
     if not re.fullmatch(r"auto|\d+", _AT_ONCE.value):
         raise refuse("clients_at_once", _AT_ONCE.value, "must be a whole number, or auto")
     at_once = None if _AT_ONCE.value == "auto" else int(_AT_ONCE.value)
-    return Strategy(clients_at_once=at_once, conv=_CONV.value, precision=_PRECISION.value)
+    strategy = Strategy(clients_at_once=at_once, conv=_CONV.value, precision=_PRECISION.value)
+    return strategy, chosen(_COMPARE.value)
 
 
-def measure(name: str, strategy: Strategy) -> dict[str, Any]:
+def measure(name: str, strategy: Strategy, pythons: dict[str, str]) -> dict[str, Any]:
     """One workload: an object of the JSON file."""
     workload = WORKLOADS[name]
     workload = dataclasses.replace(workload, cohort=_COHORT.value or workload.cohort)
     cpu = jax.default_backend() == "cpu"
     rounds = _ROUNDS.value or (1 if cpu else 50)
-    experiment, data = workload.experiment(strategy), workload.data()
-    strategy, apply, root = experiment.strategy, experiment.functions.apply, jax.random.key(0)
+    experiment = workload.experiment(strategy)
+    strategy, apply = experiment.strategy, experiment.functions.apply
 
-    begin = time.perf_counter()
-    many = compiled(experiment, rounds, data)
-    compile_seconds = time.perf_counter() - begin
-    state = noisefl.init(root, experiment, data)
+    program, key, state, data, experiment, compile_seconds = compiled(
+        experiment, rounds, workload.data()
+    )
+    on, axis = state.round.sharding.mesh, experiment.strategy.clients_axis
 
     def train() -> None:
         nonlocal state
-        state = jax.block_until_ready(many(root, state, data, experiment))
+        state = jax.block_until_ready(program(key, state, data, experiment))
 
-    def right(params: Any) -> jax.Array:
-        images, labels = data.test_images, data.test_labels
-        return evaluate.count_correct(apply, params, images, labels, strategy.eval_batch or 1)
+    def right(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return evaluate.accuracy(apply, params, images, labels, strategy.eval_batch or 1, axis)
 
-    count, multiply = jax.jit(right), jax.jit(jnp.matmul)
+    count = jax.jit(jax.shard_map(right, mesh=on, in_specs=P(), out_specs=P(), check_vma=False))
+    multiply = jax.jit(jnp.matmul)
     square = jnp.ones((2048, 2048) if cpu else (8192, 8192))
     per_image = operations(experiment.model, workload.image_shape)
     work = {
@@ -99,12 +103,13 @@ def measure(name: str, strategy: Strategy) -> dict[str, Any]:
         "gemm": 2 * square.shape[0] ** 3,
         "evaluation": per_image.forward * data.test_labels.size,
     }
-    compare = peers(name, workload.cohort) if _COMPARE.value else contextlib.nullcontext({})
-    with compare as others:
-        runs: dict[str, Callable[[], float]] = {
+    with started(pythons, workload) as others:
+        runs: dict[Any, Callable[[], float]] = {
             "round": timed(train),
             "gemm": timed(lambda: multiply(square, square).block_until_ready()),
-            "evaluation": timed(lambda: count(state.base).block_until_ready()),
+            "evaluation": timed(
+                lambda: count(state.base, data.test_images, data.test_labels).block_until_ready()
+            ),
             **others,
         }
         turns = [{run: seconds() for run, seconds in runs.items()} for _ in range(1 + _TURNS.value)]
@@ -115,7 +120,15 @@ def measure(name: str, strategy: Strategy) -> dict[str, Any]:
         run: median(work[run] / turn[run] / (work["gemm"] / turn["gemm"]) for turn in turns)
         for run in work
     }
-    ratios = [min(turn[o] for o in others) * rounds / turn["round"] for turn in turns if others]
+    forms: dict[str, list[Any]] = {}
+    for key in others:
+        forms.setdefault(key[0], []).append(key)
+
+    def ratio(peer: str) -> float:
+        """How many times longer its better form takes, in the median turn."""
+        each = [min(turn[key] for key in forms[peer]) * rounds / turn["round"] for turn in turns]
+        return median(each)
+
     return {
         "workload": name,
         "source": workload.source,
@@ -133,10 +146,13 @@ def measure(name: str, strategy: Strategy) -> dict[str, Any]:
         "evaluation_images_per_second": data.test_labels.size / seconds["evaluation"],
         "evaluation_gflops": gflops["evaluation"],
         "evaluation_fraction_of_gemm": of_gemm["evaluation"],
-        "torch_ratio": median(ratios) if ratios else None,
-        "torch_seconds_per_round": {other: seconds[other] for other in others} or None,
+        "ratios": {peer: ratio(peer) for peer in forms},
+        "peer_seconds_per_round": {
+            peer: {key[1]: seconds[key] for key in keys} for peer, keys in forms.items()
+        },
         "compile_seconds": compile_seconds,
-        "peak_memory_bytes": peak_memory(many),
+        "devices": on.devices.size,
+        "peak_memory_bytes": peak_memory(program),
         "rounds_per_call": rounds,
         "turns": len(turns),
     }
@@ -164,8 +180,10 @@ def peak_memory(program: Any) -> int:
 def table(result: dict[str, Any]) -> Table:
     """What was measured of one workload, in lines."""
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
-    for group, seconds in (result["torch_seconds_per_round"] or {}).items():
-        numbers[f"PyTorch, {group}, seconds per round"] = seconds
+    for peer, of_forms in result["peer_seconds_per_round"].items():
+        for form, seconds in of_forms.items():
+            numbers[f"{PEERS[peer].title}, {form}, seconds per round"] = seconds
+        numbers[f"times faster than {PEERS[peer].title}"] = result["ratios"][peer]
     lines = [{"what": "strategy", "value": result["strategy"]}]
     for name, number in numbers.items():
         text = f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"

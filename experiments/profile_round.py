@@ -15,10 +15,9 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-import noisefl
 from experiments.bench import command
-from experiments.bench.workloads import WORKLOADS, compiled
-from noisefl import Strategy, keys
+from experiments.bench.workloads import WORKLOADS, compiled, split_cpu
+from noisefl import Strategy
 
 _WORKLOAD = flags.DEFINE_enum("workload", "mcmahan", list(WORKLOADS), "which")
 _CONV = flags.DEFINE_string("conv", "auto", "as in experiments.run")
@@ -26,14 +25,16 @@ _CONV = flags.DEFINE_string("conv", "auto", "as in experiments.run")
 
 def main(argv: list[str]) -> None:
     strategy = command.checked("profile_round", argv, lambda: Strategy(conv=_CONV.value))
+    split_cpu()
     workload = WORKLOADS[_WORKLOAD.value]
-    experiment, data, root = workload.experiment(strategy), workload.data(), keys.root(0)
-    program = compiled(experiment, 1, data)
+    program, key, state, data, experiment, _ = compiled(
+        workload.experiment(strategy), 1, workload.data()
+    )
 
     def run(state: Any) -> Any:
-        return jax.block_until_ready(program(root, state, data, experiment))
+        return jax.block_until_ready(program(key, state, data, experiment))
 
-    state = run(noisefl.init(root, experiment, data))
+    state = run(state)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(state)

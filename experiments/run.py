@@ -111,9 +111,11 @@ def run(command: CommandLine, again: str) -> int:
 def planned(command: CommandLine) -> tuple[list[Run], Mesh]:
     """All runs, FedAvg before what it is compared with, and the devices for them."""
     runs, share = plan(command), command.driver.client_devices
-    on = mesh.make(share)
-    if jax.process_count() == 1 and len(runs) * share < on.devices.size:
-        on = mesh.make(share, jax.devices()[: len(runs) * share])
+    alone, devices = jax.process_count() == 1, jax.devices()
+    if share is None:
+        clients = min(sum(run.experiment.cohort.sizes) for run in runs)
+        share = max(min(len(devices) // len(runs), clients), 1) if alone else 1
+    on = mesh.make(share, devices[: len(runs) * share] if alone else None)
     return runs, on
 
 

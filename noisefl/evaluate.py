@@ -82,13 +82,29 @@ def share(count: jax.Array, size: int) -> jax.Array:
     return count / lax.optimization_barrier(jnp.float32(size) + 0 * count)
 
 
+def mine(images: jax.Array, labels: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+    """The images of this one of D positions of a mapped axis, ⌈N / D⌉; those that only fill up are
+    of no class. All of them if there is no axis."""
+    if not axis:
+        return images, labels
+    devices, size = lax.axis_size(axis), labels.shape[0]
+    each = -(-size // devices)
+    rows = lax.axis_index(axis) * each + jnp.arange(each)
+    return images[jnp.minimum(rows, size - 1)], jnp.where(rows < size, labels[rows], -1)
+
+
 def accuracy(
-    apply: Apply, params: Params, images: jax.Array, labels: jax.Array, batch: int
+    apply: Apply, params: Params, images: jax.Array, labels: jax.Array, batch: int, axis: str = ""
 ) -> jax.Array:
-    """Share of correct images, float32 []; arguments as for `count_correct`."""
-    return share(count_correct(apply, params, images, labels, batch), labels.shape[0])
+    """Share of correct images, float32 []; arguments as for `count_correct`.
+
+    Args:
+      axis: a mapped axis (of `shard_map`) over which the images are split. None if empty.
+    """
+    right = count_correct(apply, params, *mine(images, labels, axis), batch)
+    return share(lax.psum(right, axis) if axis else right, labels.shape[0])
 
 
 def is_finite(params: Params) -> jax.Array:
     """bool []: no parameter is NaN or infinite."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+    return jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(params)])))

@@ -59,7 +59,8 @@ class Experiment(Part):
             images, labels = data.test_images, data.test_labels
         else:
             images, labels = data.validation_images, data.validation_labels
-        return Judge(self.functions, data.image_shape, images, labels, batch)
+        axis = self.strategy.clients_axis
+        return Judge(self.functions, data.image_shape, images, labels, batch, axis)
 
 
 def fedavg(experiment: Experiment) -> Experiment:

@@ -116,31 +116,49 @@ def descend(
       params: where to start.
       own: `images` and `labels` are read.
       samples: int32 [S, B], indices into the images.
-      valid: bool [S, B]; a step without a valid sample is not computed (under vmap: computed
-        while any client of its chunk has a step left, and changes nothing).
+      valid: bool [S, B]; a step without a valid sample changes nothing, and is computed only while
+        any client beside it has a step left.
       gather: "step" fetches a batch's images when its step comes; "client" all of them first.
     """
 
-    def loss(params: Params, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = apply(params, evaluate.scale(images))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)
+        # Labels are compared, not looked up: the gradient of a look-up is a kernel of its own. A
+        # masked sample is of no class.
+        losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+        return jnp.sum(losses) / jnp.maximum(jnp.sum(labels >= 0), 1)
 
     # Steps with data come first: the loop can then end with the last of them.
     some = jnp.any(valid, axis=1)
     order = jnp.argsort(~some, stable=True)
     samples, valid = samples[order], valid[order]
-    fetched = (own.images[samples], own.labels[samples]) if gather == "client" else None
+    labels = jnp.where(valid, own.labels[samples], -1)
+    images = own.images[samples] if gather == "client" else None
+    steps = jnp.sum(some, dtype=jnp.int32)
 
     def step(index: jax.Array, carry: Any) -> Any:
-        params, state = carry
-        if fetched is None:
-            batch = own.images[samples[index]], own.labels[samples[index]]
-        else:
-            batch = fetched[0][index], fetched[1][index]
-        gradient = jax.grad(loss)(params, *batch, valid[index])
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        params, state, valid = carry
+        batch = own.images[samples[index]] if images is None else images[index]
+        gradient = jax.grad(loss)(params, batch, labels[index])
+        updates, after = optimizer.update(gradient, state, params)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(valid, new, old),
+            (optax.apply_updates(params, updates), after),
+            (params, state),
+        )
+        return *kept, index + 1 < steps  # here: what is compared in a step does not fuse with it
 
-    steps = jnp.sum(some, dtype=jnp.int32)
-    return lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
+    begun = params, optimizer.init(params), steps > 0
+    return lax.fori_loop(0, _longest(steps), step, begun)[0]
+
+
+@jax.custom_batching.custom_vmap
+def _longest(steps: jax.Array) -> jax.Array:
+    """The number of steps; of clients side by side the largest, as one number for all. A loop of
+    theirs then has one end, and vmap has no need to choose between old and new after each step."""
+    return steps
+
+
+@_longest.def_vmap
+def _(size: int, batched: list[bool], steps: jax.Array) -> tuple[jax.Array, bool]:
+    return (jnp.max(steps) if batched[0] else steps), False

@@ -103,9 +103,10 @@ class Accuracies(Measure):
 
     def init(self, experiment: Experiment, data: Federation, state: State) -> Any:
         """float32 [] twice: of W on test and on validation; NaN if not known."""
-        apply, batch = experiment.functions.apply, experiment.strategy.eval_batch or 1
+        apply, how = experiment.functions.apply, experiment.strategy
         return tuple(
-            evaluate.accuracy(apply, state.base, *images, batch) for images in _splits(data)
+            evaluate.accuracy(apply, state.base, *images, how.eval_batch or 1, how.clients_axis)
+            for images in _splits(data)
         )
 
     def update(
@@ -113,7 +114,8 @@ class Accuracies(Measure):
         observed: Any, data: Federation, carry: Any,
     ) -> tuple[Numbers, Any]:  # fmt: skip
         test, validation = _splits(data)
-        model, batch = experiment.functions, experiment.strategy.eval_batch or 1
+        model, how = experiment.functions, experiment.strategy
+        batch, axis = how.eval_batch or 1, how.clients_axis
         scheme, issue = experiment.scheme, info.issue
         slots = scheme.slots(experiment.cohort)
         places = jnp.asarray(list(slots.values()), jnp.int32)
@@ -121,7 +123,7 @@ class Accuracies(Measure):
         due, nan = self.due(after.round), jnp.float32(jnp.nan)
 
         def accuracy(params: Params, images: Split) -> jax.Array:
-            return evaluate.accuracy(model.apply, params, *images, batch)
+            return evaluate.accuracy(model.apply, params, *images, batch, axis)
 
         def sometimes(measured: Any) -> jax.Array:
             like = jax.eval_shape(measured)
@@ -132,7 +134,7 @@ class Accuracies(Measure):
             noised = issue.protected & (issue.strength > 0)
 
             def looked_at() -> jax.Array:
-                of = split.accuracy_of(model, cut, before.base, *images, batch)
+                of = split.accuracy_of(model, cut, before.base, *images, batch, axis)
 
                 def one(number: jax.Array, found: jax.Array) -> jax.Array:
                     copy = received(experiment, before, info, places[number])

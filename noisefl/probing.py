@@ -32,16 +32,20 @@ class Judge(NamedTuple):
     images: jax.Array  # uint8 [N, H, W, Ch]
     labels: jax.Array  # int32 [N]
     batch: int  # images a forward pass
+    axis: str = ""  # mapped axis over which all N images are split, of `Strategy.clients_axis`
 
     def accuracy(self, params: Params) -> jax.Array:
         """float32 [], on all N images."""
-        return evaluate.accuracy(self.model.apply, params, self.images, self.labels, self.batch)
+        images = self.images, self.labels
+        return evaluate.accuracy(self.model.apply, params, *images, self.batch, self.axis)
 
     def probe(self, base: Params, copies: Copies) -> Probe:
         """What a calibrator may ask about a base and its copies, the bill empty."""
         cut = split.at(self.model, copies.touched, self.image_shape)
         apply, images = self.model.apply, self.images
-        accuracy_of = split.accuracy_of(self.model, cut, base, images, self.labels, self.batch)
+        accuracy_of = split.accuracy_of(
+            self.model, cut, base, images, self.labels, self.batch, self.axis
+        )
 
         def of_copy(draw: Draw, strength: jax.Array, variant: Any) -> jax.Array:
             """NaN of a dead copy, which would else be wrong on every image and so hold any cap."""

@@ -70,12 +70,28 @@ def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Si
             return measured_step(key, state, data, experiment, kept)
 
         shapes = jax.eval_shape(run, state)[1]
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        kinds = {shape.dtype: [] for shape in shapes.values()}
+        for name, shape in shapes.items():
+            kinds[shape.dtype].append(name)
 
-        def body(state: State, _: None) -> tuple[State, Numbers]:
-            return lax.cond(state.round < last, run, lambda state: (state, empty), state)
+        def one(state: State) -> tuple[State, list[jax.Array]]:
+            """Numbers of one type are one array: an accelerator writes them at once."""
+            state, numbers = run(state)
+            return state, [jnp.stack([numbers[name] for name in kinds[kind]]) for kind in kinds]
 
-        return lax.scan(body, state, length=rounds_per_chunk)
+        def none(state: State) -> tuple[State, list[jax.Array]]:
+            return state, [jnp.zeros(len(kinds[kind]), kind) for kind in kinds]
+
+        def body(state: State, _: None) -> tuple[State, list[jax.Array]]:
+            return lax.cond(state.round < last, one, none, state)
+
+        state, rows = lax.scan(body, state, length=rounds_per_chunk)
+        found = {
+            name: row[:, place]
+            for names, row in zip(kinds.values(), rows, strict=True)
+            for place, name in enumerate(names)
+        }
+        return state, {name: found[name] for name in shapes}
 
     return simulation
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from noisefl import evaluate
 from noisefl.models import Functions
@@ -97,6 +98,7 @@ def accuracy_of(
     images: jax.Array,
     labels: jax.Array,
     batch: int,
+    axis: str = "",
 ) -> Callable[[Params], jax.Array]:
     """`evaluate.accuracy` of noised copies of `base`, params → float32 [].
 
@@ -107,15 +109,18 @@ def accuracy_of(
       images: uint8 [N, H, W, Ch].
       labels: int32 [N].
       batch: images a forward pass.
+      axis: a mapped axis over which the images are split. None if empty.
     """
     if split is None:
-        return lambda params: evaluate.accuracy(model.apply, params, images, labels, batch)
+        return lambda params: evaluate.accuracy(model.apply, params, images, labels, batch, axis)
+    size = labels.shape[0]
+    images, labels = evaluate.mine(images, labels, axis)
     kept = split.below(base, images, batch)
 
     def accuracy(params: Params) -> jax.Array:
         right = evaluate.count(
             lambda images, kept: split.above(params, images, kept), (images, kept), labels, batch
         )
-        return evaluate.share(right, labels.shape[0])
+        return evaluate.share(lax.psum(right, axis) if axis else right, size)
 
     return accuracy

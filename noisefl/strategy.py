@@ -42,7 +42,7 @@ class Strategy(Part):
         "auto", ("auto", "cpu", "gpu", "tpu"), "platform that the automatic choices are for"
     )
     clients_axis: str = static(
-        "", "mapped axis over which the clients of a round are split; empty: they are not"
+        "", "mapped axis over which clients and evaluations are split; empty: they are not"
     )
 
     @property

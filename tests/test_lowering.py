@@ -289,7 +289,42 @@ def test_a_padding_that_is_none():
         convolve(images, kernel, "same")
 
 
-@pytest.mark.parametrize("way", ["patches", "strips", "planes"])
+def pooled(out, g):
+    """Maxima of 2 × 2 blocks of `out`, and g where they are."""
+    top, back = np.zeros(g.shape), np.zeros(out.shape)
+    for b, row, column, channel in np.ndindex(*g.shape):
+        block = np.s_[b, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2, channel]
+        top[b, row, column, channel] = out[block].max()
+        back[block] = np.where(out[block] == out[block].max(), g[b, row, column, channel], 0)
+    return top, back
+
+
+@pytest.mark.parametrize("conv", ["patches", "winograd", "lax"])
+@pytest.mark.parametrize("case", [*CASES[:8], (1, "VALID", 5, 4, 3, 2)], ids=str)
+def test_a_pooled_convolution(conv, case):
+    """Odd rows and columns are dropped. Which of four is the largest, no rounding here changes."""
+    size, padding, *_ = case
+    images, kernel, above = arrays(case)
+    g = above[:, : above.shape[1] // 2, : above.shape[2] // 2]
+    top, back = pooled(expected(case)[0], g)
+    wanted = top, *naive(images, kernel, back, padding)[1:]
+    how = Lowering(conv=conv, precision="float32", target="cpu")
+
+    def both(images, kernel, g):
+        out, pullback = jax.vjp(
+            lambda i, k: convolve(i, k, padding, how, pool=True), images, kernel
+        )
+        return out, *pullback(g)
+
+    many = run(jax.vmap(both), *(np.stack([x, x[::-1]]) for x in (images, kernel, g)))
+    room = winograd_bounds(case) if conv == "winograd" and size > 1 else plain_bounds(case)
+    single = run(both, images, kernel, g)
+    for ours, side_by_side, theirs, tolerance in zip(single, many, wanted, room, strict=True):
+        within(ours, theirs, np.max(tolerance))
+        within(side_by_side[0], theirs, np.max(tolerance))
+
+
+@pytest.mark.parametrize("way", ["patches", "strips"])
 @pytest.mark.parametrize(("size", "height", "width", "features"), [(5, 9, 7, 6), (2, 3, 5, 1)])
 def test_every_cut_of_one_channel_is_the_same(way, size, height, width, features):
     """Whichever of them a target takes: 5 × 5 sums of products at most 1, in any order."""

@@ -178,22 +178,23 @@ def test_two_targets_are_two_lowerings(name):
 @pytest.mark.parametrize(
     ("how", "layer", "passes"),
     [
-        ({"target": "cpu"}, (5, 1, 6), ("planes", "planes")),
-        ({"target": "gpu"}, (5, 1, 6), ("strips", "patches")),
-        ({"target": "cpu"}, (5, 6, 16), ("strips", "patches")),
-        ({"target": "cpu"}, (5, 1, 32), ("lax", "patches")),
-        ({"target": "cpu"}, (5, 32, 64), ("lax", "winograd")),
-        ({"target": "cpu"}, (3, 16, 16), ("strips", "winograd")),
-        ({"target": "cpu"}, (7, 32, 64), ("lax", "patches")),
+        ({"target": "cpu"}, (5, 1, 6), ("strips", "patches")),
+        ({"target": "cpu"}, (5, 1, 6, True), ("windows", "windows")),
+        ({"target": "cpu"}, (5, 15, 64, True), ("windows", "windows")),
+        ({"target": "cpu"}, (5, 32, 64), ("winograd", "winograd")),
+        ({"target": "cpu"}, (5, 16, 16, True), ("winograd", "winograd")),
+        ({"target": "cpu"}, (7, 32, 64), ("strips", "patches")),
         ({"target": "cpu", "precision": "bfloat16"}, (5, 32, 64), ("strips", "patches")),
         ({"target": "gpu"}, (5, 32, 64), ("strips", "patches")),
+        ({"target": "tpu"}, (5, 32, 64, True), ("windows", "patches")),
         ({"target": "gpu", "conv": "winograd"}, (5, 32, 64), ("winograd", "winograd")),
         ({"target": "gpu", "conv": "winograd"}, (1, 32, 64), ("strips", "patches")),
-        ({"target": "cpu", "conv": "lax"}, (5, 1, 6), ("lax", "lax")),
+        ({"target": "cpu", "conv": "lax"}, (5, 1, 6, True), ("lax", "lax")),
     ],
 )
 def test_how_a_convolution_is_lowered(how, layer, passes):
-    """Kernel [size, size, channels, features]; in a pass alone, and in one to be differentiated."""
+    """Kernel [size, size, channels, features], and whether it is pooled; in a pass alone, and in
+    one to be differentiated."""
     assert Lowering(**how).conv_of(*layer) == passes
 
 

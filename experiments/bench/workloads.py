@@ -2,6 +2,8 @@
 many arithmetic operations their products take."""
 
 import dataclasses
+import os
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import noisefl
-from noisefl import Cohort, Experiment, Federation, Strategy, models
+from noisefl import Cohort, Experiment, Federation, Strategy, mesh, models
 from noisefl.data import Images
 from noisefl.local import SGD, Training
+from noisefl.models import convolve
+
+LEARNING_RATE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Workload:
         experiment = Experiment(
             model=self.network(),
             cohort=Cohort(self.cohort),
-            local=Training(SGD(learning_rate=0.01), batch_size=self.batch_size),
+            local=Training(SGD(learning_rate=LEARNING_RATE), batch_size=self.batch_size),
             strategy=strategy,
         )
         return noisefl.fedavg(experiment).resolved()
@@ -83,8 +89,32 @@ WORKLOADS = {
 }
 
 
-def compiled(experiment: Experiment, rounds: int, data: Federation) -> Any:
-    """(root key, state, data, experiment) → state: the rounds as one program, state donated."""
+def split_cpu() -> None:
+    """Before the first use of a device: one a core, as the driver has them."""
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+class Rounds(NamedTuple):
+    """A program of rounds and what it begins with, on all devices that share its clients.
+
+    `program(root key, state, data, experiment) → state`; the state is donated.
+    """
+
+    program: Any
+    key: jax.Array
+    state: Any
+    data: Federation
+    experiment: Experiment
+    compile_seconds: float
+
+
+def compiled(experiment: Experiment, rounds: int, data: Federation) -> Rounds:
+    """The rounds as one program; clients are dealt out to the devices, as those of a single run."""
+    clients = sum(experiment.cohort.sizes)
+    shared = jax.devices()[:clients] if jax.default_backend() == "cpu" else jax.devices()[:1]
+    on = mesh.make(len(shared), shared)
+    axis = mesh.CLIENTS if len(shared) > 1 else ""
+    experiment = experiment.replace(strategy=experiment.strategy.replace(clients_axis=axis))
 
     def many(key: Any, state: Any, data: Federation, experiment: Experiment) -> Any:
         def one(state: Any, _: None) -> tuple[Any, None]:
@@ -93,8 +123,17 @@ def compiled(experiment: Experiment, rounds: int, data: Federation) -> Any:
         return lax.scan(one, state, length=rounds)[0]
 
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda key: noisefl.init(key, experiment, data), key)
-    return jax.jit(many, donate_argnums=1).lower(key, state, data, experiment).compile()
+    state = jax.jit(noisefl.init)(key, experiment, data)
+    key, state, data, experiment = jax.device_put(
+        (key, state, data, experiment), mesh.everywhere(on)
+    )
+    everywhere = PartitionSpec()
+    spread = jax.shard_map(
+        many, mesh=on, in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )
+    begin = time.perf_counter()
+    program = jax.jit(spread, donate_argnums=1).lower(key, state, data, experiment).compile()
+    return Rounds(program, key, state, data, experiment, time.perf_counter() - begin)
 
 
 class Operations(NamedTuple):
@@ -115,8 +154,12 @@ def operations(model: nn.Module, image_shape: tuple[int, int, int]) -> Operation
     def note(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         out = next_call(*args, **kwargs)
         if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
-            places = out.size // out.shape[-1]  # where the kernel is applied
-            layers.append(2 * context.module.get_variable("params", "kernel").size * places)
+            kernel = context.module.get_variable("params", "kernel")
+            whole = out
+            if kernel.ndim > 2:  # what comes out may be pooled
+                whole = jax.eval_shape(lambda x: convolve(x, kernel, context.module.padding), *args)
+            places = whole.size // whole.shape[-1]  # where the kernel is applied
+            layers.append(2 * kernel.size * places)
         return out
 
     with nn.intercept_methods(note):

@@ -61,8 +61,11 @@ class Driver(Part):
     lanes_at_once: int | None = size(
         None, "runs side by side in one program", unit="runs", none="what fits"
     )
-    client_devices: int = size(
-        1, "devices that share the clients of one run; the others are lanes", unit="devices"
+    client_devices: int | None = size(
+        None,
+        "devices that share the clients and evaluations of one run; the others are lanes",
+        unit="devices",
+        none="those that are more than runs",
     )
     cpu_devices: int | None = size(
         None, "devices that a CPU is split into", unit="devices", high=1024, none="its cores, to 8"

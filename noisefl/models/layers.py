@@ -63,18 +63,35 @@ def _of_patches(patches: jax.Array, kernel: jax.Array, precision: str) -> jax.Ar
     return out.reshape(*patches.shape[:3], kernel.shape[-1])
 
 
-def by_planes(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
-    """`by_strips` of images of one channel to few, for a CPU.
+def by_windows(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
+    """Convolution without padding and 2 × 2 max pooling of it, as one matrix product of patches.
 
-    Single numbers side by side are slow to write. Whole images one after another are not, and the
-    few output channels become the short side of a long product.
+    The four places of a pooling window share a patch one pixel wider than the kernel, which then
+    has four columns of each feature: a quarter of the patches, and 36 / 25 of the products of a
+    5 × 5 kernel. Blocks of 2 × 2 pixels become channels, so that no slice has strides.
     """
-    size, _, _, features = kernel.shape
-    across = jnp.stack(_shifted(images[..., 0], 2, size))
-    patches = jnp.stack(_shifted(across, 2, size))
-    matrix = kernel.reshape(-1, features)
-    out: Any = product(matrix.T, patches.reshape(len(matrix), -1), precision)
-    return jnp.moveaxis(out.reshape(features, *patches.shape[2:]), 0, -1)
+    size, _, channels, features = kernel.shape
+    rows, columns = ((length - size + 1) // 2 for length in images.shape[1:3])
+    wide = (size + 2) // 2  # blocks of a patch
+    more = 2 * wide - size
+    four = [
+        jnp.pad(kernel, ((row, more - row), (column, more - column), (0, 0), (0, 0)))
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+    matrix = jnp.stack(four, axis=3).reshape(wide, 2, wide, 2, channels, 4 * features)
+    matrix = matrix.transpose(0, 2, 1, 3, 4, 5).reshape(wide, wide, 4 * channels, 4 * features)
+    blocks = _extent(images, 2 * (rows + wide - 1), 2 * (columns + wide - 1))
+    blocks = _blocks(blocks).transpose(0, 1, 3, 2, 4, 5)
+    out = by_patches(blocks.reshape(*blocks.shape[:3], 4 * channels), matrix, precision)
+    return _top(out.reshape(*out.shape[:3], 4, features))
+
+
+def _extent(images: jax.Array, height: int, width: int) -> jax.Array:
+    """Cut, or with zeros added, below and to the right."""
+    images = images[:, :height, :width]
+    short = height - images.shape[1], width - images.shape[2]
+    return jnp.pad(images, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)))
 
 
 def by_lax(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
@@ -114,27 +131,33 @@ def _lax(precision: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
 LOWERED = {
     "patches": by_patches,
     "strips": by_strips,
-    "planes": by_planes,
     "winograd": winograd.convolve,
+    "windows": by_windows,
     "lax": by_lax,
+    "xla": xla,
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolve(images, kernel, alone, trained, precision):
+def _by(how: str, images: Any, kernel: Any, pool: bool, lowering: Lowering) -> Any:
+    out = LOWERED[how](images, kernel, lowering.precision)
+    return max_pool(out, lowering) if pool and how != "windows" else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(images, kernel, pool, lowering):
     """One lowering of the forward pass alone, and one for a pass that is differentiated."""
-    del trained
-    return LOWERED[alone](images, kernel, precision)
+    alone, _ = lowering.conv_of(kernel.shape[0], *kernel.shape[2:], pool)
+    return _by(alone, images, kernel, pool, lowering)
 
 
-def _convolve_forward(images, kernel, alone, trained, precision):
-    del alone
-    by = xla if trained == "lax" else LOWERED[trained]  # a rule for vmap has no gradient
-    return jax.vjp(lambda i, k: by(i, k, precision), images, kernel)
+def _convolve_forward(images, kernel, pool, lowering):
+    _, trained = lowering.conv_of(kernel.shape[0], *kernel.shape[2:], pool)
+    by = "xla" if trained == "lax" else trained  # a rule for vmap has no gradient
+    return jax.vjp(lambda i, k: _by(by, i, k, pool, lowering), images, kernel)
 
 
-def _convolve_backward(alone, trained, precision, pullback, g):
-    del alone, trained, precision
+def _convolve_backward(pool, lowering, pullback, g):
+    del pool, lowering
     return pullback(g)
 
 
@@ -142,24 +165,23 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def convolve(
-    images: jax.Array, kernel: jax.Array, padding: str, lowering: Lowering | None = None
-) -> jax.Array:
+    images: jax.Array, kernel: jax.Array, padding: str, lowering: Lowering | None = None,
+    pool: bool = False,
+) -> jax.Array:  # fmt: skip
     """2-D convolution, stride 1: [B, H, W, Ch] to [B, H', W', O].
 
     Args:
       images: float32 [B, H, W, Ch].
       kernel: float32 [size, size, Ch, O].
       padding: "SAME" (zeros around the image) or "VALID".
-      lowering: `conv` and `precision` are read.
+      lowering: of both.
+      pool: 2 × 2 max pooling of what comes out (`max_pool`): [B, H' // 2, W' // 2, O].
     """
-    lowering = lowering or Lowering()
-    size, _, channels, features = kernel.shape
     if padding not in ("SAME", "VALID"):
         raise refuse("padding", padding, "must be SAME or VALID")
     if padding == "SAME":
-        images = pad_same(images, size)
-    alone, trained = lowering.conv_of(size, channels, features)
-    return _convolve(images, kernel, alone, trained, lowering.precision)
+        images = pad_same(images, kernel.shape[0])
+    return _convolve(images, kernel, pool, lowering or Lowering())
 
 
 class Conv(nn.Module):
@@ -169,6 +191,7 @@ class Conv(nn.Module):
       features: output channels O.
       size: edge of the square kernel; kernel [size, size, Ch, O], bias [O].
       padding: "SAME" or "VALID".
+      pool: 2 × 2 max pooling follows; together they are faster than one after the other.
     """
 
     features: int
@@ -176,14 +199,17 @@ class Conv(nn.Module):
     padding: str = "SAME"
     lowering: Lowering = Lowering()
     kernel_init: Callable = nn.initializers.lecun_normal()
+    pool: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, Ch] to [B, H', W', O]."""
+        """Maps [B, H, W, Ch] to [B, H', W', O], or [B, H' // 2, W' // 2, O] where it pools."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return convolve(x, kernel, self.padding, self.lowering) + bias
+        # The largest of four and then the bias is the same as the other way round, in a quarter
+        # of the sums.
+        return convolve(x, kernel, self.padding, self.lowering, self.pool) + bias
 
 
 class Dense(nn.Module):
@@ -214,44 +240,79 @@ def max_pool(x: jax.Array, lowering: Lowering | None = None) -> jax.Array:
 
     Maps [B, H, W, Ch] to [B, H // 2, W // 2, Ch]. Equal maxima share the gradient equally.
     """
-    pool = {"compare": _compare, "mask": _mask, "reduce": _reduce}
-    return pool[(lowering or Lowering()).pool_of()](_blocks(x))
+    blocks, how = _blocks(x), (lowering or Lowering()).pool_of()
+    if how == "reduce":
+        return blocks.max(axis=(2, 4))
+    return {"compare": _compare, "mask": _mask}[how](blocks)
 
 
-def _reduce(blocks: jax.Array) -> jax.Array:
-    return blocks.max(axis=(2, 4))
+def _four(blocks: jax.Array) -> list[jax.Array]:
+    return [blocks[:, :, row, :, column] for row in (0, 1) for column in (0, 1)]
 
 
-@jax.custom_vjp
-def _compare(blocks: jax.Array) -> jax.Array:
-    return _reduce(blocks)
+def _of_four(four: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.stack(four[:2], axis=3), jnp.stack(four[2:], axis=3)], axis=2)
 
 
 @jax.custom_vjp
 def _mask(blocks: jax.Array) -> jax.Array:
-    return _reduce(blocks)
+    """Which of four are the largest is kept as four bits: one kernel each way."""
+    return blocks.max(axis=(2, 4))
 
 
-def _pool_forward(blocks: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    top = _reduce(blocks)
+def _mask_forward(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    four = _four(blocks)
+    top = jnp.maximum(jnp.maximum(four[0], four[1]), jnp.maximum(four[2], four[3]))
+    bits = [jnp.where(x == top, jnp.uint8(1 << at), jnp.uint8(0)) for at, x in enumerate(four)]
+    return top, sum(bits[1:], bits[0])
+
+
+def _mask_backward(bits: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    share = g / lax.population_count(bits).astype(g.dtype)
+    places = jnp.array([[1, 2], [4, 8]], jnp.uint8)[:, None, :, None]
+    hit = (bits[:, :, None, :, None] & places) != 0
+    return (jnp.where(hit, share[:, :, None, :, None], 0),)
+
+
+_mask.defvjp(_mask_forward, _mask_backward)
+
+
+@jax.custom_vjp
+def _top(x: jax.Array) -> jax.Array:
+    """The largest of four, [..., 4, O] to [..., O]."""
+    return x.max(axis=-2)
+
+
+def _top_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    top = _top(x)
+    return top, (x, top)
+
+
+def _top_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+    x, top = residual
+    hit = x == top[..., None, :]
+    return (jnp.where(hit, (g / jnp.sum(hit, axis=-2, dtype=g.dtype))[..., None, :], 0),)
+
+
+_top.defvjp(_top_forward, _top_backward)
+
+
+@jax.custom_vjp
+def _compare(blocks: jax.Array) -> jax.Array:
+    return blocks.max(axis=(2, 4))
+
+
+def _compare_forward(blocks: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    top = _compare(blocks)
     return top, (blocks, top)
 
 
 def _compare_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
     blocks, top = residual
     # Four comparisons that XLA fuses; the gradient of its own reduction writes each mask to memory.
-    hit = [[blocks[:, :, row, :, column] == top for column in (0, 1)] for row in (0, 1)]
-    share = g / sum(h.astype(g.dtype) for pair in hit for h in pair)
-    rows = [jnp.stack([jnp.where(h, share, 0) for h in pair], axis=3) for pair in hit]
-    return (jnp.stack(rows, axis=2),)
+    hit = [x == top for x in _four(blocks)]
+    share = g / sum(h.astype(g.dtype) for h in hit)
+    return (_of_four([jnp.where(h, share, 0) for h in hit]),)
 
 
-def _mask_backward(residual: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
-    blocks, top = residual
-    hit = blocks == top[:, :, None, :, None]  # one kernel, where four stacked ones are many more
-    share = g / jnp.sum(hit, axis=(2, 4), dtype=g.dtype)
-    return (jnp.where(hit, share[:, :, None, :, None], 0),)
-
-
-_compare.defvjp(_pool_forward, _compare_backward)
-_mask.defvjp(_pool_forward, _mask_backward)
+_compare.defvjp(_compare_forward, _compare_backward)

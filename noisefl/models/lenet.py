@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Conv, Dense, max_pool
+from noisefl.models.layers import Conv, Dense
 from noisefl.models.lowering import Lowering
 
 
@@ -17,8 +17,8 @@ class LeNet5(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
         how = self.lowering
-        x = nn.relu(max_pool(Conv(6, 5, lowering=how, name="conv1")(x), how))
-        x = nn.relu(max_pool(Conv(16, 5, padding="VALID", lowering=how, name="conv2")(x), how))
+        x = nn.relu(Conv(6, 5, pool=True, lowering=how, name="conv1")(x))
+        x = nn.relu(Conv(16, 5, "VALID", pool=True, lowering=how, name="conv2")(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(Dense(120, how, name="dense1")(x))
         x = nn.relu(Dense(84, how, name="dense2")(x))

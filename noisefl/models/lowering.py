@@ -19,11 +19,12 @@ class Lowering:
     """Lowering of each kind of layer; "auto" is the measured best of the backend (BUILD_NOTES.md).
 
     Attributes:
-      conv: "patches": shifted images side by side, one matrix product; "winograd": a sixth to a
-        third of its multiplications, about 10 times its rounding error, kernels of 2 × 2 to 5 × 5;
-        "lax": XLA's own convolution, which is slow in a loop on a CPU and under vmap.
+      conv: "patches": shifted images side by side, one matrix product; of a convolution that is
+        pooled, patches of whole pooling windows. "winograd": a sixth to a third of its
+        multiplications, about 10 times its rounding error, kernels of 2 × 2 to 5 × 5. "lax": XLA's
+        own convolution, which is slow in a loop on a CPU and under vmap.
       pool: gradient of max pooling by "compare" with the maximum, place by place in a window; by a
-        "mask" of whole windows; or XLA's own of a "reduce".
+        "mask" of four bits a window; or XLA's own of a "reduce". Patches of windows have their own.
       dense: gradient of a dense kernel by "matmul", or as a sum of the rows' "outer" products,
         which XLA fuses with the optimizer's update, so that a large kernel is written once a step.
       target: the platform that "auto" is for: "cpu", "gpu" or "tpu"; None is the default backend.
@@ -46,26 +47,25 @@ class Lowering:
         if self.conv == "winograd" and self.precision == "bfloat16":
             raise refuse("conv", self.conv, "needs float32: it would amplify the rounding")
 
-    def conv_of(self, size: int, channels: int, features: int) -> tuple[str, str]:
+    def conv_of(
+        self, size: int, channels: int, features: int, pool: bool = False
+    ) -> tuple[str, str]:
         """How one layer, kernel [size, size, channels, features], is lowered: in a forward pass
-        alone, and in one that is differentiated."""
+        alone, and in one that is differentiated. Patches may be those of whole pooling windows."""
         fits = 2 <= size <= 5
-        # A GPU's compiler cannot tile the long product of planes.
-        planes = channels == 1 and features < 16 and self._on_cpu()
-        patches = ("planes", "planes") if planes else ("strips", "patches")
+        alone = "windows" if pool else "strips"
+        # A GPU's compiler finds no tiles for some gradients of windows.
+        patches = alone, alone if pool and self._on_cpu() else "patches"
         if self.conv == "patches" or (self.conv == "winograd" and not fits):
             return patches
         if self.conv != "auto":
             return self.conv, self.conv
-        if not self._on_cpu() or self.precision == "bfloat16":
-            # A GPU's own product runs in TensorFloat-32, whose rounding Winograd would amplify.
-            return patches
-        # The transforms are paid back by products over many channels only, and so is XLA's own
-        # convolution, whose forward pass is the fastest of all there.
-        return (
-            "lax" if features >= 32 else patches[0],
-            "winograd" if fits and min(channels, features) >= 16 else patches[1],
-        )
+        # The transforms are paid back by products over many channels only. A GPU's own product runs
+        # in TensorFloat-32, whose rounding they would amplify.
+        many = fits and min(channels, features) >= 16
+        if many and self._on_cpu() and self.precision != "bfloat16":
+            return "winograd", "winograd"
+        return patches
 
     def pool_of(self) -> str:
         if self.pool != "auto":

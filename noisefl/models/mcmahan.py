@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Conv, Dense, max_pool
+from noisefl.models.layers import Conv, Dense
 from noisefl.models.lowering import Lowering
 
 
@@ -20,9 +20,8 @@ class McMahanCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
         how = self.lowering
-        # max and ReLU commute: pooling first leaves a quarter of the work to the ReLU.
-        x = nn.relu(max_pool(Conv(32, 5, lowering=how, name="conv1")(x), how))
-        x = nn.relu(max_pool(Conv(64, 5, lowering=how, name="conv2")(x), how))
+        x = nn.relu(Conv(32, 5, pool=True, lowering=how, name="conv1")(x))
+        x = nn.relu(Conv(64, 5, pool=True, lowering=how, name="conv2")(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(Dense(512, how, name="dense1")(x))
         return Dense(self.num_classes, how, name="dense2")(x)

@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Conv, Dense, max_pool
+from noisefl.models.layers import Conv, Dense
 from noisefl.models.lowering import Lowering
 
 
@@ -21,8 +21,8 @@ class TwoConvCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
         how = self.lowering
-        x = nn.relu(Conv(32, 3, padding="VALID", lowering=how, name="conv1")(x))
-        x = nn.relu(max_pool(Conv(64, 3, padding="VALID", lowering=how, name="conv2")(x), how))
+        x = nn.relu(Conv(32, 3, "VALID", how, name="conv1")(x))
+        x = nn.relu(Conv(64, 3, "VALID", pool=True, lowering=how, name="conv2")(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(Dense(128, how, name="dense1")(x))
         return Dense(self.num_classes, how, name="dense2")(x)
