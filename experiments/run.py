@@ -114,9 +114,8 @@ def planned(command: CommandLine) -> tuple[list[Run], Mesh]:
     alone, devices = jax.process_count() == 1, jax.devices()
     if share is None:
         clients = min(sum(run.experiment.cohort.sizes) for run in runs)
-        share = max(min(len(devices) // len(runs), clients), 1) if alone else 1
-    on = mesh.make(share, devices[: len(runs) * share] if alone else None)
-    return runs, on
+        share = mesh.idle(len(devices), len(runs), clients) if alone else 1
+    return runs, mesh.make(share, devices[: len(runs) * share] if alone else None)
 
 
 def of_all_processes(command: CommandLine, runs: list[Run], here: dict[str, Any]) -> Any:

@@ -37,6 +37,12 @@ def make(clients: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, (LANES, CLIENTS), (AxisType.Auto,) * 2, devices=devices)
 
 
+def idle(devices: int, lanes: int, clients: int) -> int:
+    """Devices that each of L lanes may have, where there are more of them than lanes; at most one a
+    client."""
+    return max(min(devices // lanes, clients), 1)
+
+
 def target(mesh: Mesh) -> str:
     """The platform of its devices, which need not be there: "cpu", "gpu" or "tpu"."""
     platform = mesh.devices.flat[0].platform

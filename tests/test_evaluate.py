@@ -47,6 +47,24 @@ def test_is_argmax_for_every_size_and_batch(size, batch):
     assert accuracy == np.float32(np.mean(right))
 
 
+@pytest.mark.parametrize(("size", "devices"), [(1, 2), (7, 2), (12, 3), (13, 5), (3, 4)])
+def test_images_split_over_an_axis_are_all_counted_once(size, devices):
+    params, *arrays = problem(size)
+    right = expected(params, *arrays)
+    images, labels = map(jnp.asarray, arrays)
+
+    def one(_):
+        accuracy = evaluate.accuracy(apply, params, images, labels, 2, axis="devices")
+        return accuracy, evaluate.mine(images, jnp.arange(size), "devices")
+
+    found, (pixels, places) = jax.vmap(one, axis_name="devices")(jnp.arange(devices))
+    assert found.tolist() == [np.float32(np.mean(right))] * devices
+    filled = places.ravel()
+    assert filled[filled >= 0].tolist() == list(range(size))
+    assert places.shape == (devices, -(-size // devices))
+    np.testing.assert_array_equal(pixels[places >= 0], images)
+
+
 def test_the_last_rows_count():
     """One right answer, at any place: in a whole batch or in the remainder."""
     params = {"w": jnp.zeros((PIXELS, CLASSES)).at[:, 2].set(1.0)}

@@ -57,6 +57,14 @@ print("good")
 """
 
 
+@pytest.mark.parametrize(
+    ("devices", "lanes", "clients", "share"),
+    [(2, 1, 10, 2), (2, 2, 10, 1), (2, 3, 10, 1), (8, 3, 10, 2), (8, 1, 4, 4), (1, 1, 10, 1)],
+)
+def test_devices_that_lanes_leave_idle(devices, lanes, clients, share):
+    assert mesh.idle(devices, lanes, clients) == share
+
+
 def test_four_devices():
     found = subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES],

@@ -15,6 +15,7 @@ from experiments.bench.workloads import LEARNING_RATE, Workload
 from noisefl.errors import nearest, refuse
 
 ROOT = Path(__file__).parents[2]
+MODULES = "experiments.bench."  # peer_NAME
 LAYERS = {  # convolutions (channels, kernel, padding, whether pooled), then hidden dense layers
     "mcmahan": ([(32, 5, 2, True), (64, 5, 2, True)], [512]),
     "two_conv": ([(32, 3, 0, False), (64, 3, 0, True)], [128]),
@@ -90,8 +91,7 @@ def started(
     with contextlib.ExitStack() as stack:
 
         def start(name: str, threads: int, clients: int) -> Any:
-            module = f"{__spec__.parent}.peer_{name}"
-            command = [pythons[name], "-m", module, setting(threads, clients)]
+            command = [pythons[name], "-m", f"{MODULES}peer_{name}", setting(threads, clients)]
             pipe = subprocess.PIPE
             process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
             stack.callback(process.wait)
