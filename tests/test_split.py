@@ -182,6 +182,21 @@ def test_several_layers_are_cut_below_the_first_called(model, noised, first):
     assert cut.path == (first,)
 
 
+@pytest.mark.parametrize("devices", [2, 5])
+def test_images_split_over_an_axis_give_the_same_accuracy(devices):
+    images, labels = map(jnp.asarray, data())
+    base, paths, copies = parameters(Chain(), [("y_dense",)])
+    made, cut = functions(Chain()), at(Chain(), paths)
+    assert cut is not None
+
+    def one(_, axis="devices"):
+        of = split.accuracy_of(made, cut, base, images, labels, 8, axis)
+        return jax.lax.map(of, copies)
+
+    found = jax.vmap(one, axis_name="devices")(jnp.arange(devices))
+    np.testing.assert_array_equal(found, np.tile(one(0, ""), (devices, 1)))
+
+
 @pytest.mark.parametrize("batch", [1, 1000])
 def test_any_batch(batch):
     check(Skip(), [("deep",)], batch)
