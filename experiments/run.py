@@ -90,7 +90,7 @@ def run(command: CommandLine, again: str) -> int:
     ):
         hosts.agree(lambda: store.claim(description))
         progress.skip(len(done))
-        sweep = Sweep(command, runs, store, on, progress, here, done, {})
+        sweep = Sweep(command, runs, store, on, progress, here, done, {}, {})
 
         def last_words() -> None:
             progress.stop()

@@ -13,7 +13,7 @@ from noisefl.local import Training
 from noisefl.owner import Owner, ServerClients
 from noisefl.parts import Part, changed, child, choice, part, static, walk
 from noisefl.probing import Judge
-from noisefl.schemes import NEVER, Scheme, Warmup
+from noisefl.schemes import NEVER, Bare, Scheme, Warmup
 from noisefl.server import SGD, Server
 from noisefl.strategy import Strategy, lowered
 
@@ -70,7 +70,8 @@ def fedavg(experiment: Experiment) -> Experiment:
     """
     taus = [place.value for place in walk(experiment) if place.name == "warmup_rounds"]
     if not taus:
-        return experiment.replace(scheme=Warmup(experiment.scheme, NEVER))
+        inside = experiment.scheme if experiment.scheme.wrappable else Bare()
+        return experiment.replace(scheme=Warmup(inside, NEVER))
     never = np.full(np.shape(taus[0]), NEVER, np.int32)
     return changed(experiment, Warmup, warmup_rounds=never)
 

@@ -140,6 +140,17 @@ class Where(Part):
         scales = self.unit_scale(params, tuple(drawn))
         return {path: strength * scales[path] * unit for path, unit in drawn.items()}
 
+    def spread(
+        self, copy: Params, paths: tuple[Path, ...], strength: jax.Array
+    ) -> dict[Path, jax.Array]:
+        """Standard deviation of ξ as whoever holds a copy can tell it from the strength, a scalar
+        for each path. The RMS of a layer of W is told from that of the copy's: its square is
+        1 + r² times as large on average."""
+        scales = self.unit_scale(copy, paths)
+        if self.noise_scale == "relative":
+            scales = {path: s / jnp.sqrt(1 + jnp.square(strength)) for path, s in scales.items()}
+        return {path: strength * scale for path, scale in scales.items()}
+
     def relative_strength(
         self, params: Params, paths: tuple[Path, ...], strength: jax.Array
     ) -> jax.Array:

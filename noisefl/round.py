@@ -43,6 +43,7 @@ class RoundInfo:
     issue: Issue  # what was handed out, its secrets included: for the server and the simulation
     told: dict[str, jax.Array]  # by the owner part: "server_counts" float32 [s]
     observed: Any  # by `observe`, of each client [M, ...]
+    followed: Any  # (copies, returned) [A, ...] of `follow`; 0 where a place stayed empty
     training_samples: jax.Array  # int32 []: images that clients trained on, each epoch counted
     finite: jax.Array  # bool []: no parameter of the new owner or base is NaN or infinite
 
@@ -78,6 +79,8 @@ def step(
     data: Federation,
     experiment: Experiment,
     observe: Observer | None = None,
+    follow: Callable[[Members], jax.Array] | None = None,
+    followers: int = 0,
 ) -> tuple[State, RoundInfo]:
     """Round t = state.round + 1; composes with jit, scan, and vmap over keys, states, experiments.
 
@@ -88,6 +91,9 @@ def step(
       experiment: the parts.
       observe: (key, copy, returned, own data) → pytree, called for each client where it trains;
         it sees what the client sees and changes nothing.
+      follow: members → int32 [M]: the place 0 … A − 1 of those whose models are to be kept, A of
+        the others.
+      followers: A.
 
     Raises:
       ValueError: a population smaller than the cohort.
@@ -103,7 +109,7 @@ def step(
         key, t, state.base, state.owner, members, judge, state.scheme
     )
 
-    def client(slot: Slot) -> tuple[Any, Any]:  # w_k ← ClientUpdate(k, copy)
+    def client(slot: Slot) -> tuple[Any, Any, Any]:  # w_k ← ClientUpdate(k, copy)
         own_key = keys.stream(key, "client", slot.client)
         k = slot.client
         own = Own(data.train_images, data.train_labels, data.clients[k], data.counts[k])
@@ -112,16 +118,20 @@ def step(
             return experiment.local.train(own_key, t, apply, params, own, strategy.gather)
 
         copy = scheme.copy(state.base, issue, slot)
-        returned = scheme.work(train, copy, issue, slot)
-        observed = observe(own_key, copy, returned, own) if observe else ()
-        return scheme.recover(returned, copy, state.base, issue, slot), observed
+        returned = scheme.work(train, copy, issue, slot, own, experiment.functions)
+        recovered = scheme.recover(returned, copy, state.base, issue, slot)
+        seen = copy, scheme.kept(returned, copy)
+        told = observe(own_key, *seen, own) if observe else ()
+        return recovered, told, seen if follow else ()
 
     weights = members.counts * issue.weights
     slots = Slot(jnp.arange(weights.shape[0]), members.groups, members.clients)
-    update, observed = mapped(
+    places = follow(members) if follow else jnp.zeros_like(members.clients)
+    averaged, observed, followed = mapped(
         client, (slots,), experiment.average, weights / jnp.sum(weights),
-        strategy.clients_at_once or weights.shape[0], strategy.clients_axis,
+        strategy.clients_at_once or weights.shape[0], strategy.clients_axis, places, followers,
     )  # fmt: skip
+    update, remembered = scheme.combine(averaged, state.base, issue, remembered)
     base, server = experiment.server.step(state.base, update, state.server)  # W
     held = experiment.owner.update(  # G
         key, state.owner, base, members, data.counts, issue.protected, judge, state.held
@@ -136,6 +146,7 @@ def step(
         issue=issue,
         told=held.told,
         observed=observed,
+        followed=followed,
         training_samples=jnp.where(issue.shipped, trained, 0),
         finite=evaluate.is_finite((new.owner, new.base)),
     )

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from noisefl.cohort import Members
 from noisefl.data import Federation
 from noisefl.errors import refuse
 from noisefl.experiment import Experiment
 from noisefl.local import Own
 from noisefl.measure import Measure, Numbers, Standard
 from noisefl.round import State, init, step
+from noisefl.schemes import Bare
 
 Row = dict[str, Any]
 Simulation = Callable[[jax.Array, State, Federation, Experiment, jax.Array], tuple[State, Numbers]]
@@ -24,7 +26,7 @@ def begin(key: jax.Array, experiment: Experiment, data: Federation, measure: Mea
     """`round.init`, with what the measure remembers; arguments as there."""
     experiment = experiment.resolved()
     state = init(key, experiment, data)
-    return state.replace(measured=measure.init(experiment, data, state))  # pyright: ignore
+    return state.replace(measured=measure.init(key, experiment, data, state))  # pyright: ignore
 
 
 def measured_step(
@@ -37,11 +39,33 @@ def measured_step(
         number = state.round + 1
         return measure.observe(experiment, data, number, key, copy, returned, own)
 
-    after, info = step(key, state, data, experiment, observe)
+    def follow(members: Members) -> jax.Array:
+        return measure.places(members, state.measured)
+
+    after, info = step(
+        key, state, data, experiment, observe, follow if measure.followers else None,
+        measure.followers,
+    )  # fmt: skip
     numbers, carry = measure.update(
         experiment, state, after, info, info.observed, data, state.measured
     )
     return after.replace(measured=carry), numbers  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def conclude(
+    key: jax.Array, state: State, data: Federation, experiment: Experiment, measure: Measure
+) -> dict[str, dict[str, jax.Array]]:
+    """What a measure says after the last round, by row and column.
+
+    Args:
+      key: the run's root.
+      state: after its last round.
+      data: the federation.
+      experiment: the parts.
+      measure: that which was with the run from the beginning.
+    """
+    untold = experiment.resolved().replace(scheme=Bare())
+    return measure.conclude(key, untold, data, state.owner, state.measured)
 
 
 def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Simulation:
@@ -65,7 +89,7 @@ def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Si
     def simulation(
         key: jax.Array, state: State, data: Federation, experiment: Experiment, last: jax.Array
     ) -> tuple[State, Numbers]:
-        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the branch
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
         def run(state: State) -> tuple[State, Numbers]:
             return measured_step(key, state, data, experiment, kept)
 
@@ -73,19 +97,24 @@ def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Si
         kinds = {shape.dtype: [] for shape in shapes.values()}
         for name, shape in shapes.items():
             kinds[shape.dtype].append(name)
+        # Numbers of one type are one array: an accelerator writes them at once. A loop that ends,
+        # rather than a branch in each of R rounds, spares it copies of the whole state.
+        begun = jnp.int32(0), state, [
+            jnp.zeros((rounds_per_chunk, len(kinds[kind])), kind) for kind in kinds
+        ]  # fmt: skip
 
-        def one(state: State) -> tuple[State, list[jax.Array]]:
-            """Numbers of one type are one array: an accelerator writes them at once."""
-            state, numbers = run(state)
-            return state, [jnp.stack([numbers[name] for name in kinds[kind]]) for kind in kinds]
+        def unfinished(loop: Any) -> jax.Array:
+            number, state, _ = loop
+            return (number < rounds_per_chunk) & (state.round < last)
 
-        def none(state: State) -> tuple[State, list[jax.Array]]:
-            return state, [jnp.zeros(len(kinds[kind]), kind) for kind in kinds]
+        def one(loop: Any) -> Any:
+            number, state, rows = loop
+            state, found = run(state)
+            columns = (jnp.stack([found[name] for name in kinds[kind]]) for kind in kinds)
+            written = [row.at[number].set(new) for row, new in zip(rows, columns, strict=True)]
+            return number + 1, state, written
 
-        def body(state: State, _: None) -> tuple[State, list[jax.Array]]:
-            return lax.cond(state.round < last, one, none, state)
-
-        state, rows = lax.scan(body, state, length=rounds_per_chunk)
+        _, state, rows = lax.while_loop(unfinished, one, begun)
         found = {
             name: row[:, place]
             for names, row in zip(kinds.values(), rows, strict=True)

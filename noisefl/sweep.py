@@ -22,6 +22,7 @@ from noisefl.experiment import Experiment
 from noisefl.layout import own_places, put, select, stack, width
 from noisefl.measure import Measure, Numbers, Standard
 from noisefl.round import State
+from noisefl.schemes import Bare
 from noisefl.simulate import begin, chunk_of_rounds
 
 
@@ -33,18 +34,24 @@ USABLE = 0.8  # of a device's memory; the rest is for what the analysis of a pro
 
 
 class Program(NamedTuple):
-    """Two compiled functions on arrays over lanes, spread over a mesh.
+    """Compiled functions on arrays over lanes, spread over a mesh.
 
     `init(seeds, data, experiments) → states`; `chunk(seeds, states, data, experiments, last_rounds)
     → (states, numbers)`, with numbers [L, R] by name. Seeds are `jax.random.key_data` of the runs'
     roots, uint32 [L, 2]; states are donated; a lane whose last_rounds int32 [L] is behind it is not
     run.
+
+    `conclude(seeds, states, data, experiments)`, of a measure that concludes: what it says after
+    the last round, arrays [L] by row and column. It is compiled when it is first called: in the
+    midst of a run nobody needs it, and the programs of most schemes are the same one to JAX's
+    compilation cache.
     """
 
     init: Callable[..., State]
     chunk: Callable[..., tuple[State, Numbers]]
     bytes_a_device: int  # XLA's own count of arguments, results and temporaries of `chunk`
     numbers: dict[str, Any]  # shapes [L, R] and types of what `chunk` records, by name
+    conclude: Callable[..., dict[str, dict[str, jax.Array]]] | None
 
 
 class Traced(NamedTuple):
@@ -52,6 +59,7 @@ class Traced(NamedTuple):
 
     init: Any  # jax.stages.Traced
     chunk: Any
+    conclude: Callable[[], Any] | None  # traces it: that too takes seconds, of many thieves
 
     def compile(self) -> Program:
         """By XLA, both functions at a time: it leaves most of a second core idle."""
@@ -59,7 +67,21 @@ class Traced(NamedTuple):
         with ThreadPoolExecutor(1) as beside:
             init = beside.submit(self.init.lower().compile)
             chunk = lowered.compile()
-        return Program(init.result(), chunk, _bytes(chunk), lowered.out_info[1])
+        return Program(init.result(), chunk, _bytes(chunk), lowered.out_info[1], self.last())
+
+    def last(self) -> Any:
+        """`Program.conclude`."""
+        if self.conclude is None:
+            return None
+        compiled = functools.cache(lambda trace=self.conclude: trace().lower().compile())
+
+        def conclude(
+            seeds: jax.Array, states: State, data: Federation, experiments: Experiment
+        ) -> Any:
+            untold = experiments.replace(scheme=Bare())
+            return compiled()(seeds, states.owner, states.measured, data, untold)
+
+        return conclude
 
 
 def trace(
@@ -119,6 +141,15 @@ def trace(
     # Nothing here is differentiated through, and every result is made equal over the clients' axis.
     spread = functools.partial(jax.shard_map, mesh=on, check_vma=False)
 
+    def conclude(seeds, owners, carries, data, experiments):
+        def lane(x: Any) -> Any:
+            seed, owner, carry, own, experiment = x
+            key = jax.random.wrap_key_data(seed)
+            whole, told = own.replace(images=data.images), experiment.resolved()
+            return kept.conclude(key, told, whole, owner, carry)
+
+        return lax.map(lane, (seeds, owners, carries, data.replace(images=()), experiments))
+
     def shapes(tree: Any) -> Any:
         return layout.shapes(tree, lanes, on)
 
@@ -128,7 +159,15 @@ def trace(
     begun = first.trace(seeds, data, numbers)
     in_specs = (over, over, of_data, over, over)
     program = jax.jit(spread(chunk, in_specs=in_specs, out_specs=over), donate_argnums=1)
-    return Traced(begun, program.trace(seeds, shapes(begun.out_info), data, numbers, last))
+    states = shapes(begun.out_info)
+    traced, ended = program.trace(seeds, states, data, numbers, last), None
+    if kept.concludes:
+        untold = shapes(experiments.replace(scheme=Bare()))
+        in_specs = (over, over, over, of_data, over)
+        last_words = jax.jit(spread(conclude, in_specs=in_specs, out_specs=over))
+        given = seeds, states.owner, states.measured, data, untold
+        ended = functools.partial(last_words.trace, *given)
+    return Traced(begun, traced, ended)
 
 
 def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[int, Program]:
@@ -154,6 +193,7 @@ class Result(NamedTuple):
 
     states: State  # [L, ...], after the last round
     metrics: dict[str, np.ndarray]  # [L, T] by name
+    conclusions: dict[str, dict[str, np.ndarray]]  # [L] by row and column; of most measures none
 
 
 def run(
@@ -248,7 +288,8 @@ def _run_batch(program, on, seeds, data, experiments, last_rounds, rounds: int) 
         chunks.append(mesh.everyones(numbers))
         done += next(iter(numbers.values())).shape[1]
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :rounds], *chunks)
-    return Result(mesh.everyones(states), joined)
+    said = program.conclude(seeds, states, data, experiments) if program.conclude else {}
+    return Result(mesh.everyones(states), joined, mesh.everyones(said))
 
 
 def _bytes(compiled: Any) -> int:

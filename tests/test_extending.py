@@ -51,7 +51,7 @@ def rows(found: types.ModuleType, data, rounds: int = 3, model=None) -> list[dic
 
 def test_all_are_there():
     assert set(FILES) == {
-        *("own_noise.py", "fine_tune.py", "doubling.py", "median.py", "fedadam.py", "signs.py"),
+        *("stretched.py", "patient.py", "doubling.py", "median.py", "fedadam.py", "signs.py"),
         *("distance.py", "mine.py"),
     }
 
@@ -61,13 +61,13 @@ def test_a_file_has_at_most_forty_lines(name):
     assert len(FILES[name].splitlines()) <= 40
 
 
-def test_own_noise_has_a_copy_a_client_and_leaves_no_trace(tiny_data):
-    found = module("own_noise.py")
+def test_stretched_has_a_copy_a_client_and_leaves_no_trace(tiny_data):
+    found = module("stretched.py")
     experiment = found.experiment().replace(
         cohort=noisefl.Cohort(clients_per_round=4), model=Tiny()
     )
     # An untaught cap, one fixed strength: copies differ, and the updates do not know the noise.
-    experiment = changed(experiment, found.OwnNoise, calibrator=calibrate.Unverified(strength=2.0))
+    experiment = changed(experiment, found.Stretched, calibrator=calibrate.Unverified(strength=2.0))
     key = keys.root(3)
     state = noisefl.init(key, experiment, tiny_data)
     step = jax.jit(noisefl.step)
@@ -83,8 +83,8 @@ def test_own_noise_has_a_copy_a_client_and_leaves_no_trace(tiny_data):
 
 
 def test_the_thief_and_the_measure_are_in_the_rows(tiny_data):
-    for row in rows(module("fine_tune.py"), tiny_data):
-        assert 0 <= row["fine_tune_accuracy_mean"] <= row["fine_tune_accuracy_max"] <= 1
+    for row in rows(module("patient.py"), tiny_data):
+        assert 0 <= row["patient_accuracy_mean"] <= row["patient_accuracy_max"] <= 1
     measured = rows(module("distance.py"), tiny_data)
     assert measured[0]["owner_from_base"] == 0  # in warm-up G = W
     assert all(row["base_moved"] > 0 for row in measured)

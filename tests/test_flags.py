@@ -59,7 +59,10 @@ def held(found: Setup, name: str) -> list[Any]:
 def another(name: str) -> Any:
     """An allowed value that neither is the default of any class nor that of the preset."""
     flag = KNOWN[name]
-    special = {"server_clients": "3m", "noise_layers": "conv2", "strength_max": 60.0}
+    special = {
+        "server_clients": "3m", "noise_layers": "conv2", "strength_max": 60.0,
+        "attacks": "scratch+bare_copy", "coalitions": "2+3",
+    }  # fmt: skip
     if name in special:
         return special[name]
     if flag.kinds:
@@ -82,8 +85,14 @@ def having(name: str) -> list[str]:
         owners = below.owners if end + 1 < len(path) else KNOWN[name].owners
         standing = [n for n, cls in above.classes.items() if cls in owners]
         if standing:
-            chosen.append(f"--{above.name}={standing[0]}")
+            chosen += [f"--{above.name}={standing[0]}", *judged(standing[0])]
     return chosen
+
+
+def judged(choice: str) -> list[str]:
+    """Flags of a calibrator that can judge this scheme, if the preset's cannot."""
+    cls = KNOWN["scheme"].classes.get(choice)
+    return ["--calibrator=additive"] if getattr(cls, "moves", "") == "discrete" else []
 
 
 # Every field has a flag
@@ -125,12 +134,38 @@ def test_names_are_short_where_they_are_unique():
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_of_a_kind_can_be_chosen(name):
     flag = KNOWN[name]
-    assert len(flag.choices) > 1
+    assert len(flag.choices) > 1 or flag.spec.optional
     for choice in flag.choices:
         if (name, choice) in (("scheme", "until_cap"), ("scheme", "skip_infeasible")):
             continue  # around the pair that is there, below
-        found = setup(*having(name), f"--{name}={choice}").flags[name]
+        found = setup(*having(name), f"--{name}={choice}", *judged(choice)).flags[name]
         assert choice in found.split("+")
+
+
+def test_what_hands_out_no_model_goes_inside_no_wrapper():
+    """FedAvg cannot go before a scheme whose clients train nothing."""
+    assert setup("--scheme=bare").flags["scheme"] == "warmup+bare"
+    found = setup("--scheme=statistics", "--ridge=0.5")
+    assert (found.flags["scheme"], found.flags["ridge"]) == ("statistics", 0.5)
+    assert isinstance(found.experiment.scheme, schemes.Statistics)
+    assert not {"warmup_rounds", "cap", "calibrator"} & set(found.flags)
+    assert "scheme='statistics'" in refusal("--scheme=warmup+statistics")
+    for name in ("quantised", "sub_model"):
+        said = refusal(f"--scheme={name}")
+        assert "calibrator='predictive'" in said
+        assert name in said
+
+
+def test_thieves_are_there_unless_they_are_sent_away():
+    assert isinstance(setup().measures.thieves, measure.Thieves)  # pyright: ignore
+    assert setup("--thieves=none").measures.thieves is None  # pyright: ignore
+    assert not {"attacks", "coalitions"} & set(setup("--thieves=none").flags)
+    assert "attacks='scratsch'" in refusal("--attacks=scratsch")
+    assert "did you mean scratch?" in refusal("--attacks=bare_copy+scratsch")
+    assert "coalitions='1'" in refusal("--coalitions=1")
+    until = {str(j): setup(f"--kept_copies={j}", "--rounds=7") for j in (1, 3)}
+    kept = {j: one.measures.thieves for j, one in until.items()}  # pyright: ignore
+    assert (kept["1"].until, kept["3"].until) == (None, 7)  # the last round
 
 
 @pytest.mark.parametrize("name", ["literal", "mcmahan", "quickstart"])
@@ -451,7 +486,7 @@ def page() -> list[str]:
 
 
 def test_help_is_a_page_with_every_flag(page):
-    assert len(page) <= 160
+    assert len(page) <= 190
     assert max(map(len, page)) <= 100
     for name in KNOWN:
         assert any(line.startswith((f"  --{name}=", f"  --[no]{name} ")) for line in page), name

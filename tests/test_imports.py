@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors"},
     {"parts"},
-    {"keys", "mesh"},
+    {"keys", "mesh", "protection"},
     {"data"},
     {"models"},
     {"evaluate", "strategy"},
@@ -30,6 +30,7 @@ ORDER = [
     {"experiment"},
     {"round", "presets"},
     {"attacks"},
+    {"theft"},
     {"measure"},
     {"simulate"},
     {"layout"},

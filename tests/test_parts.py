@@ -49,7 +49,7 @@ def others(made: Any, name: str, spec: parts.Spec) -> list[Any]:
         "size": (1, 2, 3, 16),
         "choice": spec.choices,
         "switch": (True, False),
-        "text": ("m", "last"),
+        "text": ("m", "last", "all", "2+3"),
     }
     allowed = []
     for value in tried.get(spec.kind, ()):

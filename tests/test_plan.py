@@ -59,12 +59,13 @@ def other(name: str) -> str:
     """An allowed value that is not the literal reading's."""
     flag, now = KNOWN[name], only().flags[name]
     special = {"dataset": "fashion_mnist", "noise_layers": "last", "server_clients": "3"}
+    special |= {"attacks": "bare_copy", "coalitions": "3"}
     if name in special:
         return special[name]
     if flag.kinds:
         plain = [n for n, cls in flag.classes.items() if not is_wrapper(cls)]
         wraps = [n for n, cls in flag.classes.items() if is_wrapper(cls)]
-        return next(n for n in [*plain, *wraps] if n not in str(now).split("+"))
+        return next((n for n in [*plain, *wraps] if n not in str(now).split("+")), "none")
     if flag.spec.choices:
         return next(one for one in flag.spec.choices if one not in (now, "preset"))
     return "7" if flag.whole else "0.125"

@@ -35,7 +35,7 @@ class Counting(Measure):
 
     abstract: ClassVar[bool] = True
 
-    def init(self, experiment, data, state):
+    def init(self, key, experiment, data, state):
         return jnp.int32(0)
 
     def observe(self, experiment, data, round, key, copy, returned, own):
@@ -60,10 +60,10 @@ def chunks():
 
 
 def begin():
-    state = simulate.begin(keys.root(1), EXPERIMENT, DATA, KEPT)
+    state = simulate.begin(KEY, EXPERIMENT, DATA, KEPT)
     base = jax.tree.map(jnp.float32, fed.trained())
     state = fed.replaced(state, base=base, owner=jax.tree.map(jnp.copy, base))
-    return fed.replaced(state, measured=KEPT.init(EXPERIMENT.resolved(), DATA, state))
+    return fed.replaced(state, measured=KEPT.init(KEY, EXPERIMENT.resolved(), DATA, state))
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_rounds_are_manual_steps(by_round):
             "round": t, "protected": t > 1, "calibration_tries": tries,
             "calibration_evaluations": 2 * tries, "finite": True, "seen": t, "met": True,
             "calibration_samples": 2 * fed.VALIDATION * tries,
+            "copy_bytes": 4 * parameters * bool(issue.shipped),
             "training_samples": 2 * int(info.members.counts.sum()) * bool(issue.shipped),
             "feasible": bool(issue.feasible), "shipped": bool(issue.shipped),
         }  # fmt: skip

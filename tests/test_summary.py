@@ -1,11 +1,14 @@
 """What a run came to, from its rows."""
 
 import io
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.sweep.summary import summarise, table
+from experiments.sweep.execute import stolen_of
+from experiments.sweep.summary import summarise, table, thieves
 
 
 def row(kind: str, t: int, **values) -> dict:
@@ -13,7 +16,7 @@ def row(kind: str, t: int, **values) -> dict:
         **{"run": kind, "round": t, "protected": kind == "noise" and t > 1, "finite": True},
         **{"owner_accuracy": 0.9, "shared_accuracy": 0.5, "shared_validation_accuracy": 0.5},
         **{"strength": 0.1, "calibration_samples": 600, "training_samples": 200},
-        **{"feasible": True, "shipped": True, "local_accuracy_mean": 0.8},
+        **{"feasible": True, "shipped": True, "local_accuracy_mean": 0.8, "copy_bytes": 4000},
     }
     return {**found, **values}
 
@@ -41,7 +44,7 @@ def test_only_protected_and_shipped_rounds_count():
         **{"shared_accuracy_max_test": 0.8, "rounds_over_cap_test": 2},
         **{"shared_accuracy_max_validation": 0.6, "rounds_over_cap_validation": 0},
         **{"protected_rounds": 5, "infeasible_rounds": 2, "skipped_rounds": 1},
-        **{"collapsed": False, "local_accuracy_mean": 0.8},
+        **{"collapsed": False, "local_accuracy_mean": 0.8, "copy_bytes": 4000},
         **{"calibration_samples": 3000, "training_samples": 1200, "calibration_ratio": 2.5},
     }
 
@@ -119,3 +122,119 @@ def test_the_table_leaves_out_what_there_is_not():
     assert "FedAvg" not in text
     assert "over the cap" not in text
     assert "owner accuracy" in text
+
+
+# Thieves.
+
+
+def stolen(thief: str, view: str, accuracy: float | None, best: float | None = None, **others: Any):
+    """A row of thieves.jsonl, of a protected run unless said otherwise."""
+    members = {"V1": 1, "V2": 1}.get(view, 2)
+    found = {"run": "noise", "thief": thief, "view": view, "members": members, "which": 0}
+    return {**found, "accuracy": accuracy, "accuracy_best": best or accuracy, **others}
+
+
+SIDE = [
+    *(stolen("scratch", "V1", x, run="fedavg", which=n) for n, x in enumerate((0.3, 0.4))),
+    stolen("scratch", "V3", 0.5, run="fedavg"),
+    stolen("server_alone", "V0", 0.8, run="fedavg", members=0),
+    stolen("bare_copy", "V1", 0.97, run="fedavg"),
+]
+OWN = [
+    stolen("owner", "V0", 0.99, members=0),
+    *(stolen("bare_copy", "V1", x, which=n) for n, x in enumerate((0.5, 0.52))),
+    *(stolen("fine_tune", "V1", x, 0.95, which=n) for n, x in enumerate((0.6, 0.8))),
+    *(stolen("ridge", "V1", x, 0.9, which=n) for n, x in enumerate((0.85, 0.1))),
+    stolen("average", "V2", 0.98),  # of several rounds: neither one copy nor one round
+    stolen("average", "V3", 0.75, 0.96),
+    stolen("average", "V3", 0.65, members=5),
+    stolen("knock_off", "V5", 0.98),
+]
+
+
+def test_the_best_thieves_are_those_of_one_copy_and_of_one_round():
+    """By the mean over single thieves; a coalition may do what one of its members does."""
+    wanted = {
+        "one_copy": {"thief": "fine_tune", "accuracy": 0.7, "accuracy_best": 0.95},
+        "coalitions": [
+            {"members": 2, "thief": "average", "accuracy": 0.75, "accuracy_best": 0.96},
+            {"members": 5, "thief": "fine_tune", "accuracy": 0.7, "accuracy_best": 0.95},
+        ],
+        "scratch": {"1": 0.35, "2": 0.5},
+        "server_alone": 0.8,
+    }
+    assert thieves([*SIDE, *OWN]) == wanted
+    found = summarise(both(), 0.6, 10, 6, [*SIDE, *OWN])
+    assert found["thieves"] == wanted
+    assert "thieves" not in summarise(both(), 0.6, 10, 6)
+    # Beside no FedAvg nothing is known without a copy, and of FedAvg alone the bare copy is best.
+    alone = thieves(OWN)
+    assert (alone["scratch"], alone["server_alone"]) == ({}, None)
+    assert alone["one_copy"] == wanted["one_copy"]
+    assert thieves(SIDE)["one_copy"] == {
+        "thief": "bare_copy", "accuracy": 0.97, "accuracy_best": 0.97,
+    }  # fmt: skip
+
+
+def test_a_thief_whose_model_broke_is_not_the_best():
+    broken = [stolen("fine_tune", "V1", None), stolen("bare_copy", "V1", 0.4)]
+    assert thieves(broken)["one_copy"]["thief"] == "bare_copy"
+    nobody = thieves([stolen("fine_tune", "V1", None)])["one_copy"]
+    assert nobody == {"thief": None, "accuracy": None, "accuracy_best": None}
+
+
+def test_scratch_that_broke_is_left_out_of_its_mean():
+    found = thieves([stolen("scratch", "V1", None, run="fedavg"), *SIDE, *OWN])
+    assert found["scratch"] == {"1": 0.35, "2": 0.5}
+    only = thieves([stolen("scratch", "V1", None, run="fedavg"), *OWN])
+    assert only["scratch"].get("1") is None
+
+
+def test_the_table_says_what_thieves_come_to():
+    summary = summarise(both(), 0.6, 10, 6, [*SIDE, *OWN])
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(summary, 3, "out"))
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = [" ".join(part.split()) for part in text.splitlines()]
+    for wanted in (
+        "best thief with one copy (fine tune) │ 70.00 % │ 95.00 %",
+        "best of 2 colluding clients (average) │ 75.00 % │ 96.00 %",
+        "best of 5 colluding clients (fine tune) │ 70.00 % │ 95.00 %",
+        "without a copy, one client's images │ 35.00 %",
+        "without a copy, the images of 2 clients │ 50.00 %",
+        "the server alone, its own images │ 80.00 %",
+    ):
+        assert any(wanted in one for one in lines), wanted
+
+
+class Row(NamedTuple):
+    """Of what a figure is."""
+
+    thief: str
+    members: int
+
+
+def test_what_measures_said_is_a_row_each_of_json_values():
+    """Floats as the shortest decimals of their float32; what was not tried is not there."""
+    numbers = np.array([0.6, np.nan], np.float32)
+    said = {
+        Row("average", 2): {"accuracy": numbers, "round": np.array([7, 9], np.int32),
+                            "tried": np.array([True, True])},
+        Row("scratch", 1): {"accuracy": numbers, "round": np.array([7, 9], np.int32),
+                            "tried": np.array([False, True])},
+        Row("mine", 1): {"accuracy": numbers},
+    }  # fmt: skip
+
+    class Run:
+        kind = "noise"
+
+    first, second = (stolen_of(Run, said, lane) for lane in (0, 1))  # pyright: ignore
+    average = {"run": "noise", "thief": "average", "members": 2}
+    mine = {"run": "noise", "thief": "mine", "members": 1}
+    assert first == [{**average, "accuracy": 0.6, "round": 7}, {**mine, "accuracy": 0.6}]
+    assert second == [
+        {**average, "accuracy": None, "round": 9},
+        {"run": "noise", "thief": "scratch", "members": 1, "accuracy": None, "round": 9},
+        {**mine, "accuracy": None},
+    ]
+    assert {type(row["round"]) for row in first[:1]} == {int}

@@ -164,8 +164,10 @@ def catalogue(roots: Sequence[tuple[Path, Part]]) -> dict[str, Flag]:
     for flag in found.values():
         short = flag.path[-1] if last.count(flag.path[-1]) == 1 else ".".join(flag.path)
         flag.name = flag.name or short
-    # A class that only one could fill is no choice.
-    return {f.name: f for f in found.values() if not f.kinds or len(f.choices) > 1}
+    # What only one class could fill is no choice, unless it may be left empty.
+    return {
+        f.name: f for f in found.values() if not f.kinds or len(f.choices) > 1 or f.spec.optional
+    }
 
 
 def applied(
@@ -252,7 +254,7 @@ def _chosen(text: str, kind: type, there: list[type], flag: str) -> list[type]:
     """Classes of these names, outermost first.
 
     A wrapper at the end goes around what is there; one other name goes inside the wrappers there;
-    `a+b` is all that is wanted.
+    `a+b` is all that is wanted. What says `wrappable = False` goes inside none.
     """
     known = {name_of(cls): cls for cls in implementations(kind)}
     for name in text.split("+"):
@@ -261,7 +263,8 @@ def _chosen(text: str, kind: type, there: list[type], flag: str) -> list[type]:
     named = [known[name] for name in text.split("+")]
     if is_wrapper(named[-1]):
         return [cls for cls in named if cls not in there] + there
-    return [cls for cls in there if len(named) == 1 and is_wrapper(cls)] + named
+    inside = len(named) == 1 and getattr(named[0], "wrappable", True)
+    return [cls for cls in there if inside and is_wrapper(cls)] + named
 
 
 def _carried(cls: type, before: list[Any]) -> dict[str, Any]:

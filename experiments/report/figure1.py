@@ -30,6 +30,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "shared": {"color": VERMILION, "lw": 1.1, "marker": "D", "ms": 3,
                "label": "highest shared copy"},
     "cap": {"color": PURPLE, "ls": "-.", "lw": 1.2, "label": "cap"},
+    "one_copy": {"color": VERMILION, "ls": "", "marker": "*", "ms": 10, "mec": BLACK, "mew": 0.6,
+                 "clip_on": False, "zorder": 6, "label": "best thief, one copy"},
+    "coalition": {"color": GREEN, "ls": "", "marker": "P", "ms": 8, "mec": BLACK, "mew": 0.6,
+                  "clip_on": False, "zorder": 6, "label": "best thief, two clients"},
+    "scratch": {"color": GREY, "ls": "", "marker": "s", "ms": 6, "mec": BLACK, "mew": 0.6,
+                "clip_on": False, "zorder": 6, "label": "one client without a copy"},
     "infeasible": {"color": BLACK, "ls": "", "marker": "x", "ms": 6, "mew": 1.4,
                    "label": "cap not held (infeasible)"},
     "warm-up": {"color": "0.93", "lw": 0, "zorder": 0, "label": "warm-up, no noise"},
@@ -49,11 +55,13 @@ class Panel(NamedTuple):
     rows: Sequence[Row]
     cap: float | None
     noise_scale: str
+    thieves: Row | None = None  # of summary.json
 
 
 def figure1(
-    rows: Sequence[Row], cap: float | None, path: str | Path, noise_scale: str = "absolute"
-) -> None:
+    rows: Sequence[Row], cap: float | None, path: str | Path, noise_scale: str = "absolute",
+    thieves: Row | None = None,
+) -> None:  # fmt: skip
     """Draws accuracy against the round, and below it the noise's strength and the tries it took.
 
     Args:
@@ -61,11 +69,12 @@ def figure1(
       cap: as a share of 1; None where nothing is capped.
       path: a .png file.
       noise_scale: of `noise.Where`: whether strengths are σ or r = σ/RMS.
+      thieves: of summary.json: what they come to in the end, drawn at the right edge.
 
     Raises:
       ValueError: no rows, or without what is drawn.
     """
-    draw([Panel("", rows, cap, noise_scale)]).savefig(path, format="png")
+    draw([Panel("", rows, cap, noise_scale, thieves)]).savefig(path, format="png")
 
 
 def read_panel(folder: Path) -> Panel:
@@ -76,6 +85,8 @@ def read_panel(folder: Path) -> Panel:
     """
     try:
         options = json.loads((folder / "config.json").read_text())["options"]
+        summary = folder / "summary.json"
+        thieves = json.loads(summary.read_text()).get("thieves") if summary.exists() else None
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         cap, scale = option(options, "cap"), option(options, "noise_scale", "absolute")
         rounds(rows)
@@ -83,7 +94,7 @@ def read_panel(folder: Path) -> Panel:
         raise refuse("folder", str(folder), f"holds no run ({error!r})") from None
     names = folder.resolve().parts
     title = ", ".join(names[-2:] if names[-1].startswith("seed=") else names[-1:])
-    return Panel(title, rows, cap, scale)
+    return Panel(title, rows, cap, scale, thieves)
 
 
 @matplotlib.rc_context(SIZES)
@@ -101,6 +112,7 @@ def draw(panels: Sequence[Panel]) -> Figure:
         if column and same_unit:
             strength.sharey(axes[1, 0])
         _draw_accuracy(accuracy, frame, panel.cap)
+        _draw_thieves(accuracy, panel.thieves, frame["round"].max())
         bars = _draw_strength(strength, frame, noised[column])
         alike: Frame = pd.concat(noised if same_unit else [noised[column]])
         bars.set_ylim(0, 1.05 * np.fmax(alike["calibration_tries"].max(), 1))
@@ -170,6 +182,21 @@ def _draw_accuracy(axes: Axes, frame: Frame, cap: float | None) -> None:
         )  # fmt: skip
     clean(axes)
     axes.set_ylim(0, 1.02)
+
+
+def _draw_thieves(axes: Axes, stolen: Row | None, last: int) -> None:
+    """At the last round, side by side: figures that lie on each other would hide each other."""
+    if stolen is None:
+        return
+    two = next((row for row in stolen["coalitions"] if row["members"] == 2), None)
+    found = {
+        "scratch": stolen["scratch"].get("1"),
+        "one_copy": stolen["one_copy"]["accuracy"],
+        "coalition": two and two["accuracy"],
+    }
+    for place, (name, accuracy) in enumerate(found.items()):
+        if accuracy is not None:
+            axes.plot([last + 0.022 * last * (place - 0.5)], [accuracy], **STYLES[name])
 
 
 def _draw_strength(axes: Axes, frame: Frame, noised: Frame) -> Axes:

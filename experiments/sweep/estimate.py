@@ -47,7 +47,8 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
         width, program, compilation = compiled
         batches = math.ceil(len(one.group.runs) / width)
         chunks = math.ceil(driver.rounds / chunk)
-        seconds = compilation + batches * chunks * _seconds(one, on, compiled, chunk)
+        of_chunk, of_thieves = _seconds(one, on, compiled, chunk)
+        seconds = compilation + batches * (chunks * of_chunk + of_thieves)
         total += seconds
         table.add_row(
             title, _runs(one), str(width), str(batches), f"{compilation:.0f} s",
@@ -59,8 +60,8 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
     console.print(f"in all about {_duration(total)}{already}; nothing was written", soft_wrap=True)
 
 
-def _seconds(one: Lanes, on: Mesh, compiled: Compiled, chunk: int) -> float:
-    """Of one chunk of protected rounds of a whole batch."""
+def _seconds(one: Lanes, on: Mesh, compiled: Compiled, chunk: int) -> tuple[float, float]:
+    """Of one chunk of protected rounds of a whole batch, and of what its measures do in the end."""
     width, program, _ = compiled
     inputs = one.inputs(on, one.group.runs[:width], width, warmed_up=True)
     last = np.full(len(mesh.own_lanes(on, width)), chunk, np.int32)
@@ -68,8 +69,17 @@ def _seconds(one: Lanes, on: Mesh, compiled: Compiled, chunk: int) -> float:
     given = inputs.data, inputs.experiments, mesh.put(last, mesh.over_lanes(on))
     jax.block_until_ready(states)
     begin = time.perf_counter()
-    jax.block_until_ready(program.chunk(inputs.seeds, states, *given))
-    return time.perf_counter() - begin
+    states, _ = jax.block_until_ready(program.chunk(inputs.seeds, states, *given))
+    of_chunk = time.perf_counter() - begin
+    if program.conclude is None:
+        return of_chunk, 0.0
+    both = []
+    for _ in range(2):  # the first time it is compiled as well
+        begin = time.perf_counter()
+        said = program.conclude(inputs.seeds, states, inputs.data, inputs.experiments)
+        jax.block_until_ready(said)
+        both.append(time.perf_counter() - begin)
+    return of_chunk, both[1]
 
 
 def _runs(one: Lanes) -> str:

@@ -35,6 +35,7 @@ class Sweep(NamedTuple):
       runs: all of them.
       done: paths of those that were complete at the start.
       rows: of a single run, the rows of what is complete by path: they are written together.
+      said: likewise, what its measures said in the end.
     """
 
     command: CommandLine
@@ -45,6 +46,7 @@ class Sweep(NamedTuple):
     provenance: dict[str, Any]
     done: set[str]
     rows: dict[str, list[Row]]
+    said: dict[str, list[Row]]
 
 
 class Batch(NamedTuple):
@@ -193,14 +195,21 @@ def run_batch(sweep: Sweep, lanes: Lanes, batch: Batch, compiled: Compiled) -> N
                 checkpoints.save(number, states, mesh.put(rows, over))
                 saved = number
                 follow(sweep, lanes, batch, columns, began)
+    begin_last, said = time.perf_counter(), {}
+    if program.conclude is not None:
+        sweep.progress.concluding()
+        said = mesh.everyones(
+            program.conclude(inputs.seeds, states, inputs.data, inputs.experiments)
+        )
     if hosts.first():
         timing = {
             "seconds": round((time.perf_counter() - begin) / len(runs), 4),
             "program_seconds": round(inside / len(runs), 4),
-            "compile_seconds": round(compiled.seconds, 4),  # of all
+            "compile_seconds": round(compiled.seconds, 4),  # of all, without what comes last:
+            "thieves_seconds": round((time.perf_counter() - begin_last) / len(runs), 4),
             "batch": name,
         }
-        finish(sweep, lanes, batch, columns, began, timing)
+        finish(sweep, lanes, batch, columns, said, began, timing)
     hosts.meet(f"batch {name} is written")
     if hosts.first() and not store.single:
         store.drop(name)
@@ -216,7 +225,7 @@ def follow(sweep: Sweep, lanes: Lanes, batch: Batch, columns: Columns, began: Ro
 
 
 def finish(
-    sweep: Sweep, lanes: Lanes, batch: Batch, columns: Columns, began: Row, timing: Row
+    sweep: Sweep, lanes: Lanes, batch: Batch, columns: Columns, said: Any, began: Row, timing: Row
 ) -> None:
     """Writes the results of a batch: of a sweep each run's, of a single run those of both, once
     both are there."""
@@ -224,18 +233,20 @@ def finish(
         sweep.store, sweep.command.driver.rounds, lanes.dataset.num_classes,
     )  # fmt: skip
     for lane, run in enumerate(batch.runs):
-        rows, draw = rows_of(run, columns, lane), None
+        rows, stolen, draw = rows_of(run, columns, lane), stolen_of(run, said, lane), None
         if store.single:
-            sweep.rows[run.path] = rows
+            sweep.rows[run.path], sweep.said[run.path] = rows, stolen
             if len(sweep.rows) < len(sweep.runs):
                 continue
             run = sweep.runs[-1]  # FedAvg is what it is compared with
-            rows, draw = joined(sweep.runs, sweep.rows), drawn
+            rows, stolen = joined(sweep.runs, sweep.rows), joined(sweep.runs, sweep.said)
+            draw = drawn
         elif run.path in sweep.done:
             continue
         config = config_of(sweep, lanes, run, batch.chunk, began)
-        summary = summarise(rows, run.cap, num_classes, rounds)
-        store.finish(run.path, config, rows, timing, summary, draw and draw(run, rows))
+        summary = summarise(rows, run.cap, num_classes, rounds, stolen)
+        picture = draw and draw(run, rows, summary)
+        store.finish(run.path, config, rows, timing, summary, picture, stolen)
 
 
 def config_of(sweep: Sweep, lanes: Lanes, run: Run, chunk: int, began: Row) -> Row:
@@ -279,18 +290,32 @@ def rows_of(run: Run, columns: Columns, lane: int) -> list[Row]:
     return [{"run": run.kind, **plain(row)} for row in rows]
 
 
+def stolen_of(run: Run, said: Any, lane: int) -> list[Row]:
+    """What the measures of a lane said in the end, as JSON values, a row each."""
+    found = []
+    for row, columns in said.items():
+        columns = dict(columns)
+        if not columns.pop("tried", np.ones(lane + 1, bool))[lane]:
+            continue
+        values = {name: float(str(column[lane])) for name, column in columns.items()}
+        whole = {name for name, column in columns.items() if column.dtype.kind == "i"}
+        values |= {name: int(values[name]) for name in whole}
+        found.append({"run": run.kind, **row._asdict(), **plain(values)})
+    return found
+
+
 def joined(runs: Sequence[Run], rows: Mapping[str, list[Row]]) -> list[Row]:
     """One run after the other."""
     return [row for run in runs for row in rows.get(run.path, [])]
 
 
-def drawn(run: Run, rows: list[Row]) -> Any:
+def drawn(run: Run, rows: list[Row], summary: Row) -> Any:
     """What draws the picture of a single run."""
 
     def draw(file: Path) -> None:
         from experiments.report.figure1 import figure1  # with matplotlib, which takes a second
 
         scale = run.flags.get("noise_scale", "absolute")
-        figure1(rows, run.cap, file, scale)
+        figure1(rows, run.cap, file, scale, summary.get("thieves"))
 
     return draw

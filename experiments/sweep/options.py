@@ -21,9 +21,9 @@ from noisefl import presets
 from noisefl.data import Deal
 from noisefl.errors import nearest, refuse
 from noisefl.experiment import Experiment
-from noisefl.measure import Measure, Standard
+from noisefl.measure import Measure, Standard, Thieves
 from noisefl.models import MODELS
-from noisefl.parts import Part, choice, part, size, switch, text
+from noisefl.parts import Part, changed, choice, part, size, switch, text, walk
 
 FILES = Path(__file__).parent.parent / "flags" / "presets"
 DEFAULT_FILE = "quickstart"
@@ -145,6 +145,7 @@ class CommandLine:
     Attributes:
       driver: its own options; `out` is filled in.
       axes: the grid.
+      points: of a grid that is no product of its axes: their values, point by point.
       given: values of the flags that were given, by path, without the driver's.
       preset: name of the flag file, or of the preset where that alone is given.
       start: the experiment and the measures that flags change.
@@ -157,6 +158,7 @@ class CommandLine:
     preset: str
     start: tuple[Experiment, Measure]
     known: dict[str, Flag]
+    points: tuple[dict[str, Any], ...] = ()
 
     @property
     def single(self) -> bool:
@@ -190,7 +192,7 @@ class CommandLine:
     @functools.cached_property
     def _every(self) -> list[tuple[dict[str, Any], Setup]]:
         found, read, trees = [], set[fields.Path](), {}
-        for values in grid.combinations(self.axes):
+        for values in self.points or grid.combinations(self.axes):
             setup, has = self._setup(values, trees)
             found.append(({n: v for n, v in values.items() if self.path_of(n) in has}, setup))
             read |= has
@@ -228,6 +230,7 @@ class CommandLine:
                 (path, fields.applied(root, path, given, names, read))
                 for path, root in _roots(experiment, measures)
             ]
+            parts[2] = parts[2][0], followed(parts[2][1], driver.rounds)
             texts = {
                 names.get(path, ".".join(path)): value
                 for first, root in parts
@@ -241,6 +244,12 @@ class CommandLine:
 
 def _roots(experiment: Experiment, measures: Measure) -> list[tuple[fields.Path, Part]]:
     return [((), experiment), (("data",), Deal()), (("measure",), measures)]
+
+
+def followed(measures: Measure, rounds: int) -> Measure:
+    """The measures, told the last round where views are of many."""
+    kept = [place.value for place in walk(measures) if place.name == "kept_copies"]
+    return changed(measures, Thieves, until=rounds) if kept and kept[0] > 1 else measures
 
 
 def preset_of(name: str) -> tuple[Experiment, Measure]:
@@ -264,7 +273,7 @@ def preset_of(name: str) -> tuple[Experiment, Measure]:
     if not isinstance(experiment, Experiment):
         allowed = f"{module} must have a function {function} that returns a noisefl.Experiment"
         raise refuse("preset", name, allowed)
-    measures = getattr(source, "MEASURE", None) or Standard()
+    measures = getattr(source, "MEASURE", None) or Standard(thieves=Thieves())
     if not isinstance(measures, Measure):
         raise refuse("preset", name, f"MEASURE of {module} must be a noisefl.measure.Measure")
     return experiment, measures

@@ -109,6 +109,11 @@ class Progress:
         line = values(number, self._rounds, kinds, columns)
         self._show(line if self._runs <= 2 else f"{self._done}/{self._runs} runs done; {line}")
 
+    def concluding(self) -> None:
+        """The rounds of the batch are done, and its measures look back."""
+        what = f"round {self._rounds}/{self._rounds}; thieves at work on what they have seen"
+        self._show(what, now=True)
+
     def finished(self, runs: int) -> None:
         """The batch's runs are on disk."""
         self._done += runs

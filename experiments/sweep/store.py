@@ -4,7 +4,8 @@
     out/config.json                       out/sweep.json   grid, options, the planned runs
                                           out/runs/<digest>/seed=<n>/
     out/metrics.jsonl  FedAvg's first         config.json  metrics.jsonl
-    out/timing.json  figure1.png              timing.json
+    out/timing.json  thieves.jsonl            timing.json  thieves.jsonl
+    out/figure1.png
     out/summary.json  last: complete          summary.json  last: complete
     out/checkpoints/<batch>/              out/batches/<batch>/  gone when its runs are complete
 
@@ -76,7 +77,7 @@ class Store:
 
     def finish(
         self, run: str, config: Row, rows: Sequence[Row], timing: Row, summary: Row,
-        draw: Callable[[Path], None] | None = None,
+        draw: Callable[[Path], None] | None = None, said: Sequence[Row] = (),
     ) -> None:  # fmt: skip
         """Writes the results of a run, and last its summary, which marks it as complete.
 
@@ -84,6 +85,7 @@ class Store:
           run: its path.
           config: the content of config.json; the others likewise.
           draw: of a single run, makes the picture.
+          said: the content of thieves.jsonl, if any.
         """
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,8 @@ class Store:
         replace(folder / "config.json", as_json(config))
         replace(folder / "metrics.jsonl", as_lines(rows))
         replace(folder / "timing.json", as_json(timing))
+        if said:
+            replace(folder / "thieves.jsonl", as_lines(said))
         if draw is not None:
             draw(folder / "figure1.png")
         replace(folder / "summary.json", as_json(summary))

@@ -1,15 +1,19 @@
 """From the rows of a run to its summary, and to the table that ends a single run. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 Row = dict[str, Any]
+ACCURACIES = ("accuracy", "accuracy_best")
 
 
-def summarise(rows: Sequence[Row], cap: float | None, num_classes: int, rounds: int) -> Row:
+def summarise(
+    rows: Sequence[Row], cap: float | None, num_classes: int, rounds: int,
+    stolen: Sequence[Row] = (),
+) -> Row:  # fmt: skip
     """What a run came to.
 
     Only rounds count for the cap in which it applied (past warm-up) and in which copies were
@@ -21,6 +25,7 @@ def summarise(rows: Sequence[Row], cap: float | None, num_classes: int, rounds: 
       cap: as such a decimal; None without one.
       num_classes: C; chance is 1 / C.
       rounds: that were asked for.
+      stolen: rows of thieves.jsonl.
 
     Returns:
       JSON values by name; accuracies are shares of 1, None where no round counted. The last one of
@@ -50,8 +55,10 @@ def summarise(rows: Sequence[Row], cap: float | None, num_classes: int, rounds: 
         "local_accuracy_mean": round(sum(local) / len(local), 6) if local else None,
         "calibration_samples": calibration,
         "training_samples": training,
+        "copy_bytes": _mean([row["copy_bytes"] for row in shipped]),
         "calibration_ratio": round(calibration / training, 6) if training else None,
         "failed": failed,
+        **({"thieves": thieves(stolen)} if stolen else {}),
     }
     if not beside:
         return found
@@ -62,6 +69,59 @@ def summarise(rows: Sequence[Row], cap: float | None, num_classes: int, rounds: 
         gap = None if theirs is None or ours is None else round(theirs - ours, 6)
         found[f"gap_{when}"] = gap
     return {**found, "baseline_failed": baseline["failed"]}
+
+
+def thieves(stolen: Sequence[Row]) -> Row:
+    """The best thieves of a run, and what they could have had without it.
+
+    Of several single thieves the mean is meant. A coalition may do what a single thief does.
+
+    Returns:
+      "one_copy": of view V1, and "coalitions": of V3, each with its "members": the name of the best
+      "thief" by "accuracy", and the bound "accuracy_best" of any of them; "scratch": accuracy by
+      the number of members that pool their data; "server_alone".
+    """
+    own = [row for row in stolen if row["run"] != "fedavg"] or list(stolen)
+    controls = ("scratch", "server_alone")
+
+    def best(wanted: Callable[[Row], bool]) -> Row:
+        names = dict.fromkeys(r["thief"] for r in own if wanted(r) and r["thief"] not in controls)
+        each = []
+        for name in names:
+            mine = [
+                r for r in own if wanted(r) and r["thief"] == name and r["accuracy"] is not None
+            ]
+            if mine:
+                mean = (round(sum(r[n] for r in mine) / len(mine), 6) for n in ACCURACIES)
+                each.append({"thief": name, **dict(zip(ACCURACIES, mean, strict=True))})
+        if not each:
+            return {"thief": None, **dict.fromkeys(ACCURACIES)}
+        bound = max(one["accuracy_best"] for one in each)
+        return {**max(each, key=lambda one: one["accuracy"]), "accuracy_best": bound}
+
+    sizes = sorted({row["members"] for row in own if row["view"] == "V3"})
+    scratch: dict[str, list[float]] = {}
+    for row in stolen:
+        if row["thief"] == "scratch" and row["run"] == stolen[0]["run"]:
+            scratch.setdefault(str(row["members"]), []).append(row["accuracy"])
+    alone = [row["accuracy"] for row in stolen if row["thief"] == "server_alone"]
+    return {
+        "one_copy": best(lambda row: row["view"] == "V1"),
+        "coalitions": [
+            {
+                "members": size,
+                **best(lambda row, size=size: row["view"] == "V1"
+                       or (row["view"] == "V3" and row["members"] == size)),
+            }
+            for size in sizes
+        ],
+        "scratch": {size: round(sum(x) / len(x), 6) for size, x in scratch.items()},
+        "server_alone": alone[0] if alone else None,
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 1) if values else None
 
 
 def _shared(split: str, shipped: Sequence[Row], name: str, cap: float | None) -> Row:
@@ -122,6 +182,8 @@ def table(summary: Row, seed: int, out: str) -> Table:
     if summary["cap"] is not None:
         over = (str(summary[f"rounds_over_cap_{s}"]) for s in splits)
         result.add_row(f"rounds over the cap of {_percent(summary['cap'])}", *over)
+    if stolen := summary.get("thieves"):
+        _add_thieves(result, stolen)
     result.add_section()
     result.add_row("infeasible rounds", str(summary["infeasible_rounds"]), "")
     result.add_row("clients' own models, mean", _percent(summary["local_accuracy_mean"]), "")
@@ -130,6 +192,25 @@ def table(summary: Row, seed: int, out: str) -> Table:
     if summary["collapsed"]:
         result.add_row("[bold]the owner collapsed to chance[/bold]", "", "")
     return result
+
+
+def _add_thieves(result: Table, stolen: Row) -> None:
+    """What thieves come to in the end, beside what they have without any copy."""
+    result.add_section()
+    result.add_row("in the end, on test", "accuracy", "at best", style="dim")
+
+    def add(label: str, row: Row) -> None:
+        name = "none" if row["thief"] is None else row["thief"].replace("_", " ")
+        result.add_row(f"{label} ({name})", *(_percent(row[which]) for which in ACCURACIES))
+
+    add("best thief with one copy", stolen["one_copy"])
+    for row in stolen["coalitions"]:
+        add(f"best of {row['members']} colluding clients", row)
+    for members, accuracy in stolen["scratch"].items():
+        data = "one client's images" if members == "1" else f"the images of {members} clients"
+        result.add_row(f"without a copy, {data}", _percent(accuracy), "")
+    if stolen["server_alone"] is not None:
+        result.add_row("the server alone, its own images", _percent(stolen["server_alone"]), "")
 
 
 def _percent(accuracy: float | None) -> str:

@@ -1,6 +1,6 @@
 """No protection: plain FedAvg (McMahan et al. 2017, arXiv 1602.05629)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ Params = Any
 @part
 class Bare(Scheme):
     """Every client receives W itself."""
+
+    source: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629"
 
     def touched(self, model: Any, image_shape: tuple[int, int, int]) -> tuple[Any, ...]:
         return ()

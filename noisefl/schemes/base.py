@@ -12,6 +12,7 @@ from noisefl import keys
 from noisefl.calibrate import Additive, Bill, Calibrator, Draw
 from noisefl.cohort import Cohort, Members
 from noisefl.errors import refuse
+from noisefl.local import Own
 from noisefl.models import Functions
 from noisefl.noise import Path
 from noisefl.parts import Number, Part, child, name_of, part
@@ -74,18 +75,41 @@ def bare(like: Issue) -> Issue:
     )
 
 
+def uncalibrated(secret: Any, members: Members) -> Issue:
+    """The issue of a protected round of a scheme that has no strength and hands out one copy, in
+    which the touched parameters are 0."""
+    one, yes = jnp.float32(1), jnp.bool_(True)
+    return Issue(
+        secret=secret,
+        protected=yes,
+        shipped=yes,
+        weights=jnp.ones(members.counts.shape, jnp.float32),
+        strength=one,
+        relative_strength=one,  # what was added is −W
+        feasible=yes,
+        accuracy=jnp.full(1, jnp.nan, jnp.float32),
+        bill=Bill.empty(),
+    )
+
+
 @part
 class Scheme(Part):
     """Base. A scheme overrides issue, copy and recover, and init if it remembers something.
 
-    `untrained` declares in what sense the update of a copy that nobody trained is 0: "bitwise"
-    (what
-    was put in is taken out exactly), "weighted" (in the mean over equal shares, up to rounding) or
-    "expected" (what is not taken out has mean 0).
+    Attributes:
+      untrained: in what sense the update of a copy that nobody trained is 0: "bitwise" (what was
+        put in is taken out exactly), "weighted" (in the mean over equal shares, up to rounding),
+        "expected" (what is not taken out has mean 0), or "none" (clients do not train the copy).
+      source: where it is from: a paper, or the line of ALGORITHM.md.
+      promise: what it guarantees of a thief, whatever a calibrator adds; "nothing" is an answer.
+      wrappable: rounds of plain FedAvg may go before it.
     """
 
     abstract: ClassVar[bool] = True
     untrained: ClassVar[str] = "bitwise"
+    source: ClassVar[str] = ""
+    promise: ClassVar[str] = "nothing"
+    wrappable: ClassVar[bool] = True
 
     @property
     def cap(self) -> Number | None:
@@ -135,10 +159,15 @@ class Scheme(Part):
         raise NotImplementedError
 
     def work(
-        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot
-    ) -> Params:
+        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
+        model: Functions,
+    ) -> Any:  # fmt: skip
         """What it returns: its model after local training, unless the scheme says otherwise."""
         return train(copy)
+
+    def kept(self, returned: Any, copy: Params) -> Params:
+        """The model that the client itself has in the end; default all that it returned."""
+        return returned
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
@@ -148,6 +177,23 @@ class Scheme(Part):
         Default: exact removal, returned − copy.
         """
         return jax.tree.map(jnp.subtract, returned, copy), None
+
+    def combine(
+        self, averaged: Any, base: Params, issue: Issue, carry: Carry
+    ) -> tuple[Params, Carry]:
+        """The update of W from the average of what was recovered; default that average."""
+        return averaged, carry
+
+    def spread(
+        self, copy: Params, strength: jax.Array, model: Functions, image_shape: tuple[int, int, int]
+    ) -> dict[Path, jax.Array]:
+        """What everybody knows of how far a copy is from W: the standard deviation of the
+        difference, float32 [] for each touched path; default nothing."""
+        return {}
+
+    def bytes_sent(self, base: Params, issue: Issue) -> jax.Array:
+        """Of one copy, float32 []; default four for each parameter."""
+        return jnp.float32(4 * sum(leaf.size for leaf in jax.tree.leaves(base)))
 
 
 @part
@@ -209,11 +255,26 @@ class Calibrated(Scheme):
         self, key: jax.Array, round: jax.Array, base: Params, owner: Params, members: Members,
         judge: Judge, carry: Carry,
     ) -> tuple[Issue, Carry]:  # fmt: skip
+        def draw(key: jax.Array) -> Draw:
+            return self.draw(key, base, judge)
+
+        return self.calibrated(draw, key, base, members, judge, carry)
+
+    def calibrated(
+        self, draw: Callable[[jax.Array], Draw], key: jax.Array, base: Params, members: Members,
+        judge: Judge, carry: Carry,
+    ) -> tuple[Issue, Carry]:  # fmt: skip
+        """`issue` with draws of key → draw, for a scheme whose draws hang on more than `draw` is
+        told: on the round, on who takes part, or on what it remembers.
+
+        Args:
+          carry: of the calibrator.
+        """
         copies = Copies(
             variants=self.variants(members),
             moves=self.moves,
             touched=self.touched(judge.model, judge.image_shape),
-            draw=lambda key: self.draw(key, base, judge),
+            draw=draw,
             copy=lambda draw, strength, variant: self.variant(base, draw, strength, variant),
         )
         decision, evidence, probe, carry = self.calibrator.calibrate(
@@ -234,3 +295,16 @@ class Calibrated(Scheme):
 
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
         return self.variant(base, issue.secret.draw, issue.secret.strength, slot.index)
+
+
+@part
+class OneCopy(Calibrated):
+    """Base of those that hand out the same copy to every client: V = 1, whatever the variant."""
+
+    abstract: ClassVar[bool] = True
+
+    def slots(self, cohort: Cohort) -> dict[str, int]:
+        return {"copy0": 0}
+
+    def variants(self, members: Members) -> int:
+        return 1

@@ -32,6 +32,7 @@ class Pair(Calibrated):
     """
 
     untrained: ClassVar[str] = "weighted"
+    source: ClassVar[str] = 'ALGORITHM.md, "One round"; seed.txt'
 
     on: Where = child(Where, "which parameters carry noise")
     cancellation: str = choice(
@@ -61,6 +62,11 @@ class Pair(Calibrated):
     def variant(self, base: Params, draw: Draw, strength: jax.Array, variant: jax.Array) -> Params:
         """W + ξ for variant 0, W − ξ for 1."""
         return noise.apply(base, self.on.scaled(base, draw, strength), 1 - 2 * variant)
+
+    def spread(
+        self, copy: Params, strength: jax.Array, model: Functions, image_shape: tuple[int, int, int]
+    ) -> dict[Path, jax.Array]:
+        return self.on.spread(copy, self.on.paths(model, image_shape), strength)
 
     def relative_strength(
         self, base: Params, draw: Draw, strength: jax.Array, judge: Judge

@@ -10,6 +10,7 @@ from jax import lax
 
 from noisefl.cohort import Cohort, Members
 from noisefl.errors import refuse
+from noisefl.local import Own
 from noisefl.models import Functions
 from noisefl.noise import Path
 from noisefl.parts import LARGEST, Number, child, count, name_of, part
@@ -33,6 +34,14 @@ class Wrapper(Scheme):
     @property
     def untrained(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.untrained
+
+    @property
+    def source(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.source
+
+    @property
+    def promise(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.promise
 
     @property
     def cap(self) -> Number | None:
@@ -64,14 +73,39 @@ class Wrapper(Scheme):
         return self.inner.copy(base, issue, slot)
 
     def work(
-        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot
-    ) -> Params:
-        return self.inner.work(train, copy, issue, slot)
+        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
+        model: Functions,
+    ) -> Any:  # fmt: skip
+        return self.inner.work(train, copy, issue, slot, own, model)
+
+    def kept(self, returned: Any, copy: Params) -> Params:
+        return self.inner.kept(returned, copy)
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
     ) -> tuple[Params, Params | None]:
         return self.inner.recover(returned, copy, base, issue, slot)
+
+    def combine(
+        self, averaged: Any, base: Params, issue: Issue, carry: Carry
+    ) -> tuple[Params, Carry]:
+        return self.inner.combine(averaged, base, issue, carry)
+
+    def spread(
+        self, copy: Params, strength: jax.Array, model: Functions, image_shape: tuple[int, int, int]
+    ) -> dict[Path, jax.Array]:
+        return self.inner.spread(copy, strength, model, image_shape)
+
+    def bytes_sent(self, base: Params, issue: Issue) -> jax.Array:
+        return self.inner.bytes_sent(base, issue)
+
+    @property
+    def innermost(self) -> Scheme:
+        """The scheme inside all wrappers."""
+        inside = self.inner
+        while isinstance(inside, Wrapper):
+            inside = inside.inner
+        return inside
 
 
 @part
@@ -79,6 +113,12 @@ class Delayed(Wrapper):
     """Base: hands out W itself while it is too early; the scheme inside is not asked then."""
 
     abstract: ClassVar[bool] = True
+
+    def check(self) -> None:
+        inside = self.innermost
+        if not inside.wrappable:
+            allowed = "hands out no model to train, so that FedAvg cannot go before it"
+            raise refuse("scheme", name_of(type(inside)), allowed)
 
     def early(
         self, round: jax.Array, owner: Params, judge: Judge, carry: Carry
@@ -108,18 +148,20 @@ class Delayed(Wrapper):
         return _select(issue.protected, self.inner.copy(base, issue, slot), base)
 
     def work(
-        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot
-    ) -> Params:
-        inside = self.inner
-        while isinstance(inside, Wrapper):
-            inside = inside.inner
-        if type(inside).work is Scheme.work:  # a branch would be compiled twice
+        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
+        model: Functions,
+    ) -> Any:  # fmt: skip
+        if type(self.innermost).work is Scheme.work:  # a branch would be compiled twice
             return train(copy)
         return lax.cond(
             issue.protected,
-            lambda: self.inner.work(train, copy, issue, slot),
+            lambda: self.inner.work(train, copy, issue, slot, own, model),
             lambda: train(copy),
         )
+
+    def kept(self, returned: Any, copy: Params) -> Params:
+        """In a round that hands out W `returned` is of W too, and a client has no less of it."""
+        return self.inner.kept(returned, copy)
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
@@ -148,6 +190,7 @@ class UntilCap(Delayed):
     """Plain FedAvg until a round has ended with an owner above the cap on the judging split."""
 
     def check(self) -> None:
+        super().check()
         if self.inner.cap is None:
             allowed = "has no cap that the owner could exceed"
             raise refuse("scheme", name_of(type(self.inner)), allowed)

@@ -1,0 +1,245 @@
+"""`python -m experiments.frontier`: what schemes protect, from which thieves, and at what price.
+
+Runs schemes x strengths x partitions x populations x seeds as one sweep of `experiments.run`, with
+its lanes, its store and its way of going on after any kill, and then reads off what every thief
+made of every view. Leaves frontier.csv, frontier.parquet, frontier.md and frontier-*.png beside the
+runs. What is no flag of its own is one of the driver's: --cpu_devices=2, --dry_run, …
+"""
+
+import dataclasses
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import run
+from experiments.flags.grid import Axis, parse_axis
+from experiments.report import frontier as reported
+from experiments.sweep import hosts
+from experiments.sweep.options import CommandLine, parse
+from experiments.sweep.plan import plan
+from experiments.sweep.progress import complain
+from noisefl.errors import nearest, refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A scheme along its strength.
+
+    Attributes:
+      flags: of the driver.
+      strength: the flag along which it goes; empty of a scheme that has none.
+      values: of that flag, from weak to strong.
+    """
+
+    flags: dict[str, str]
+    strength: str = "cap"
+    values: tuple[str, ...] = ("0.8", "0.6", "0.4")
+
+
+LAST = {"noise_layers": "last", "noise_scale": "relative"}
+ALL = {"noise_layers": "all", "noise_scale": "relative"}
+OWN = {"scheme": "own_noise", **LAST}
+SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
+CURVES = {
+    "pair": Curve({"scheme": "pair", **LAST}),
+    "pair-all": Curve({"scheme": "pair", **ALL}),
+    "own-fresh": Curve({**OWN, "own": "fresh", "common": "0"}),
+    "own-sticky": Curve({**OWN, "own": "sticky", "common": "0"}),
+    "two-way": Curve({**OWN, "own": "sticky", "common": "0.5"}),
+    "released": Curve({"scheme": "released"}),
+    "few-weights": Curve({"scheme": "few_weights"}),
+    "quantised": Curve({"scheme": "quantised", **SEQUENTIAL}),
+    "sub-model-sticky": Curve({"scheme": "sub_model", "units": "sticky", **SEQUENTIAL}),
+    "sub-model-rolling": Curve({"scheme": "sub_model", "units": "rolling", **SEQUENTIAL}),
+    "withheld": Curve({"scheme": "withheld"}, "withheld_layers", ("1", "2")),
+    "statistics": Curve({"scheme": "statistics"}, ""),
+}
+PARTITIONS = {
+    "iid": {"partition": "iid"},
+    "dirichlet": {"partition": "dirichlet", "dirichlet_alpha": "0.3"},
+    "shards": {"partition": "shards"},
+}
+NUMBERS = {"clients": "num_clients", "server_images": "validation_size", "seeds": "seed"}
+FULL: dict[str, Any] = {
+    "schemes": list(CURVES),
+    "strengths": 3,
+    "partitions": list(PARTITIONS),
+    "clients": ["100", "1000"],
+    "server_images": ["5000"],
+    "seeds": ["0:5"],
+    "rounds": 60,
+    "attacks": "all",
+    "singles": 3,
+    "coalitions": "2+5+10",
+    "copies": 8,
+    "thief_images": 2000,
+}
+QUICK = {
+    **FULL,
+    "schemes": ["pair", "two-way", "few-weights"],
+    "strengths": 1,
+    "partitions": ["iid", "shards"],
+    "clients": ["100"],
+    "seeds": ["0"],
+    "rounds": 6,
+    "attacks": "bare_copy+scratch+fine_tune+ridge+average+average_then_tune",
+    "singles": 1,
+    "coalitions": "2",
+    "copies": 2,
+}
+HELP = {
+    "schemes": "curves",
+    "strengths": "of each curve: 1 takes the one in the middle",
+    "partitions": "of the training images",
+    "clients": "populations, K",
+    "server_images": "sizes of the server's labelled split",
+    "seeds": "of the runs, or start:stop",
+    "rounds": "of each run",
+    "attacks": "few, all, or names joined by +",
+    "singles": "single thieves",
+    "coalitions": "members of each, joined by +",
+    "copies": "newest rounds of a view",
+    "thief_images": "test images for thieves; 0: all",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns the exit code, as `experiments.run` does."""
+    again = "go on with: " + shlex.join(["python", "-m", "experiments.frontier", *argv[1:]])
+    try:
+        given, rest = options(argv)
+        if given is None:
+            return 0
+        command = points(given, rest)
+        if command is None:
+            return 0
+        command.driver.start_devices()
+        code = run.run(command, again)
+        if code or command.driver.dry_run or not hosts.first():
+            return code
+        found = reported.write(Path(command.out), names(command), given["strength_names"])
+        if given["json"]:
+            Path(given["json"]).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return 0
+    except (ValueError, OSError) as error:
+        complain(str(error))
+        return 2
+    except jax.errors.JaxRuntimeError:
+        raise
+    except KeyboardInterrupt:
+        complain(f"interrupted; {again}")
+        return 130
+
+
+def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Its own flags by name, with those that follow from --quick, and the driver's.
+
+    Raises:
+      ValueError: one line about the first that is wrong.
+    """
+    values = flags.FlagValues()
+    kinds = {list: flags.DEFINE_list, int: flags.DEFINE_integer, str: flags.DEFINE_string}
+    for name, default in FULL.items():
+        shown = ",".join(default) if isinstance(default, list) else default
+        kinds[type(default)](name, None, f"{HELP[name]}; {shown}", flag_values=values)
+    flags.DEFINE_bool("quick", False, "three schemes, five thieves, one seed", flag_values=values)
+    flags.DEFINE_string("json", "", "file for all figures, one object each", flag_values=values)
+    flags.DEFINE_string("out", "", "folder of the results", flag_values=values)
+    flags.DEFINE_bool("help", False, "this page", flag_values=values)
+    try:
+        rest = values(argv, known_only=True)[1:]
+    except flags.Error as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if values["help"].value:
+        print(f"{__doc__}\n{values.get_help()}\nThe driver's: python -m experiments.run --help")
+        return None, rest
+    base = QUICK if values["quick"].value else FULL
+    found: dict[str, Any] = {
+        name: base[name] if values[name].value is None else values[name].value for name in FULL
+    }
+    for name, known in (("schemes", CURVES), ("partitions", PARTITIONS)):
+        for one in found[name]:
+            if one not in known:
+                raise refuse(name, one, nearest(one, list(known)))
+    if not 1 <= found["strengths"] <= 3:
+        raise refuse("strengths", found["strengths"], "must be 1 to 3")
+    if values["json"].value:
+        Path(values["json"].value).touch()
+    for name in ("schemes", "partitions", *NUMBERS):
+        if not found[name]:
+            raise refuse(name, "", "must name at least one")
+    out = values["out"].value or ("results/frontier-quick" if base is QUICK else "results/frontier")
+    return {**found, "out": out, "json": values["json"].value, "strength_names": {}}, rest
+
+
+def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
+    """The command line of the sweep, its grid a list of points instead of a product.
+
+    Raises:
+      ValueError: one line about a flag of the driver's.
+    """
+    command = parse([
+        "frontier", f"--rounds={given['rounds']}", f"--out={given['out']}", "--thieves=thieves",
+        f"--attacks={given['attacks']}", f"--coalitions={given['coalitions']}",
+        f"--singles={given['singles']}", f"--kept_copies={given['copies']}",
+        f"--thief_images={given['thief_images']}", f"--every={given['rounds']}",
+        "--local_test_size=1", *rest,
+    ])  # fmt: skip
+    if command is None:
+        return None
+    varied = {
+        flag: parse_axis(f"{flag}={','.join(given[name])}", command.known, {}).values
+        for name, flag in NUMBERS.items()
+    }
+    found: list[dict[str, Any]] = []
+    for name in given["schemes"]:
+        curve = CURVES[name]
+        given["strength_names"][name] = curve.strength
+        for value in chosen(curve, given["strengths"]):
+            own = {**curve.flags, **({curve.strength: value} if curve.strength else {})}
+            for partition, *numbers in itertools.product(given["partitions"], *varied.values()):
+                texts = {**own, **PARTITIONS[partition]}
+                point = {flag: command.known[flag].parse(text) for flag, text in texts.items()}
+                found.append({**point, **dict(zip(varied, numbers, strict=True))})
+    axes: dict[str, dict[Any, None]] = {}
+    for point in found:
+        for name, value in point.items():
+            axes.setdefault(name, {})[value] = None
+    made = tuple(Axis(name, tuple(values)) for name, values in axes.items())
+    command = dataclasses.replace(command, axes=made, points=tuple(found))
+    command.setups()
+    return command
+
+
+def chosen(curve: Curve, number: int) -> tuple[str, ...]:
+    """That many strengths of a curve: of three the one in the middle first."""
+    if not curve.strength:
+        return ("",)
+    if number == 1 and len(curve.values) == 3:
+        return curve.values[1:2]
+    return curve.values[:number]
+
+
+def names(command: CommandLine) -> dict[str, tuple[str, Any]]:
+    """The curve and its strength, by the path of a run."""
+    found = {}
+    for one in plan(command):
+        if one.kind == "fedavg":
+            continue
+        for name, curve in CURVES.items():
+            texts = {flag: command.known[flag].parse(text) for flag, text in curve.flags.items()}
+            if all(one.grid.get(flag, None) == value for flag, value in texts.items()):
+                value = one.grid.get(curve.strength) if curve.strength else None
+                found[one.path] = name, value
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

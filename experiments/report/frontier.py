@@ -1,0 +1,371 @@
+"""What a folder of protected runs is worth: rows, tables and pictures of the frontier."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from experiments.report.figure1 import BLACK, GREY, SIZES, blank
+from noisefl import protection
+from noisefl.errors import refuse
+
+Row = dict[str, Any]
+Frame = Any
+
+CONTROLS = ("scratch", "server_alone", "owner")
+SETTING = ["partition", "num_clients", "server_images"]
+VIEW = ["view", "members"]
+# What a larger view has of a smaller one: a coalition may do what one of its members does.
+INSIDE = {
+    "V1": ["V1"], "V2": ["V1", "V2"], "V3": ["V1", "V3"], "V4": ["V1", "V2", "V3", "V4"],
+    "V5": ["V1", "V2", "V3", "V4", "V5"],
+}  # fmt: skip
+SEEN = {
+    "V1": "one client, one round", "V2": "one client, all its rounds",
+    "V3": "{} clients, one round", "V4": "{} clients, all their rounds",
+    "V5": "{} clients, and the owner's answers",
+}  # fmt: skip
+# Okabe and Ito's palette and markers: told apart by colour-blind readers, and in grey.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X<>hd"
+
+
+def write(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[str, str]) -> list:
+    """Writes frontier.csv, .parquet, .md and pictures; returns all rows as JSON values.
+
+    Args:
+      folder: of a sweep whose runs are complete.
+      curves: the name of a curve and its strength, by the path of a run.
+      strengths: the flag of each curve.
+
+    Raises:
+      ValueError: no run of the folder has anything about thieves.
+    """
+    found = rows(folder, curves, strengths)
+    if not found:
+        raise refuse("out", str(folder), "holds no run with thieves")
+    frame = pd.DataFrame(found)
+    frame.to_csv(folder / "frontier.csv", index=False)
+    frame.to_parquet(folder / "frontier.parquet", index=False)
+    best = best_thieves(frame)
+    (folder / "frontier.md").write_text(markdown(frame, best), "utf-8")
+    for name, figure in pictures(best).items():
+        figure.savefig(folder / name, format="png")
+    return found
+
+
+def rows(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[str, str]) -> list:
+    """One object for each thief in each view of each run, controls beside it.
+
+    Raises:
+      ValueError: the folder is of no sweep.
+    """
+    try:
+        planned = json.loads((folder / "sweep.json").read_text())["runs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise refuse("out", str(folder), f"holds no sweep ({error!r})") from None
+    found: list[Row] = []
+    read: dict[str, list[Row]] = {}
+
+    def stolen(path: str) -> list[Row]:
+        if path not in read:
+            file = folder / path / "thieves.jsonl"
+            lines = file.read_text().splitlines() if file.exists() else []
+            read[path] = [json.loads(line) for line in lines]
+        return read[path]
+
+    seen: set[str] = set()
+    for path, entry in planned.items():
+        if path not in curves:
+            continue
+        baseline = entry["baseline"] or path
+        scheme, strength = curves[path]
+        of = {"scheme": scheme, "strength": strength, "strength_name": strengths[scheme]}
+        found += of_run(folder, path, stolen(path), stolen(baseline), of)
+        if baseline != path and baseline not in seen:
+            seen.add(baseline)
+            of = {"scheme": "none", "strength": None, "strength_name": ""}
+            found += of_run(folder, baseline, stolen(baseline), stolen(baseline), of)
+    return found
+
+
+def of_run(
+    folder: Path, path: str, stolen: Sequence[Row], controls: Sequence[Row], of: Row
+) -> list[Row]:
+    """Of one run; `controls` are the rows of its FedAvg run."""
+    if not stolen:
+        return []
+    options = json.loads((folder / path / "config.json").read_text())["options"]
+    summary = json.loads((folder / path / "summary.json").read_text())
+    setting = {
+        "partition": options["data.partition"] if "data.partition" in options
+        else options["partition"],
+        "num_clients": options["num_clients"], "server_images": options["validation_size"],
+        "seed": options["seed"],
+    }  # fmt: skip
+    owner, fedavg = (
+        next(r["accuracy"] for r in rows if r["thief"] == "owner") for rows in (stolen, controls)
+    )
+    server = [r["accuracy"] for r in controls if r["thief"] == "server_alone"]
+    scratch = {(r["members"], r["which"]): r for r in controls if r["thief"] == "scratch"}
+    curve = sorted(
+        (r["images"], r["accuracy"]) for r in scratch.values() if r["accuracy"] is not None
+    )
+    bare = {r["which"]: r["accuracy"] for r in stolen if r["thief"] == "bare_copy"}
+    found = []
+    for row in stolen:
+        if row["thief"] in CONTROLS:
+            continue
+        alone = scratch.get((row["members"], row["which"]), {}).get("accuracy")
+        accuracy = row["accuracy"]
+        images, exact = needed(accuracy, curve)
+        found.append({
+            **of, **setting, "thief": row["thief"], "view": row["view"],
+            "members": row["members"], "which": row["which"], "copies": row["copies"],
+            "owner": owner, "fedavg": fedavg, "server_alone": server[0] if server else None,
+            "thief_accuracy": accuracy, "thief_accuracy_best": row["accuracy_best"],
+            "scratch": alone, "copy": bare.get(row["which"]), "fidelity": row["fidelity"],
+            "lambda": None if None in (alone, accuracy) or not owner > alone
+            else round((accuracy - alone) / (owner - alone), 6),
+            "over_scratch": None if None in (alone, accuracy) else round(accuracy / alone, 6),
+            "images_needed": images, "images_exact": exact,
+            "cap": summary["cap"], "highest_copy": summary["shared_accuracy_max_test"],
+            "rounds_over_cap": summary["rounds_over_cap_test"],
+            "infeasible_rounds": summary["infeasible_rounds"],
+            "copy_bytes": summary["copy_bytes"], "calibration_ratio": summary["calibration_ratio"],
+            "failed": summary["failed"] is not None,
+        })  # fmt: skip
+    return found
+
+
+def needed(accuracy: float | None, curve: Sequence[tuple[int, float]]) -> tuple[Any, Any]:
+    """Data-equivalent of a thief, from what scratch comes to with one client's images and with
+    those of coalitions; see `protection.images_needed`."""
+    if accuracy is None or len(curve) < 2:
+        return None, None
+    images, exact = protection.images_needed(accuracy, *zip(*curve, strict=True))
+    return round(images, 1), exact
+
+
+def best_thieves(frame: Frame) -> Frame:
+    """For each scheme, strength, setting and view the best thief over seeds, of those that the view
+    allows, by its mean over single thieves of the same kind; T, S, O and λ of it."""
+    found = []
+    keys = ["scheme", "strength", *SETTING]
+    for of, group in frame.groupby(keys, sort=False, dropna=False):
+        for (view, members), _ in group.groupby(VIEW, sort=True):
+            allowed = group[group["view"].isin(INSIDE[view]) & group["members"].isin({1, members})]
+            ranked = []
+            for (thief, within, size), tried in allowed.groupby(["thief", *VIEW], sort=False):
+                of_seed = tried.groupby("seed")[["thief_accuracy", "thief_accuracy_best"]]
+                ranked.append((of_seed.mean().mean(), thief, within, size, tried))
+            _, thief, _, _, tried = max(ranked, key=lambda x: _key(x[0].iloc[0]))
+            own = group[(group["view"] == view) & (group["members"] == members)]
+            scratch = own.groupby("seed")["scratch"].mean()
+            per = tried.groupby("seed")[["thief_accuracy", "owner", "fedavg", "server_alone"]]
+            of_seed = per.mean().assign(
+                scratch=scratch, worst=tried.groupby("seed")["thief_accuracy"].max()
+            )
+            stolen = protection.share_stolen(
+                of_seed["owner"], of_seed["thief_accuracy"], of_seed["scratch"]
+            )
+            worst = protection.share_stolen(of_seed["owner"], of_seed["worst"], of_seed["scratch"])
+            found.append({
+                **dict(zip(keys, of, strict=True)), "view": view, "members": members,
+                "thief": thief, "seeds": len(of_seed), "owner": of_seed["owner"].mean(),
+                "fedavg": of_seed["fedavg"].mean(), "server_alone": of_seed["server_alone"].mean(),
+                "scratch": of_seed["scratch"].mean(), "scratch_low": of_seed["scratch"].min(),
+                "scratch_high": of_seed["scratch"].max(),
+                "copy": group.groupby("seed")["copy"].mean().mean(),
+                "thief_accuracy": of_seed["thief_accuracy"].mean(),
+                "thief_best": max(x[0].iloc[1] for x in ranked),
+                "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high,
+                "lambda_worst": worst.value, "fidelity": tried["fidelity"].mean(),
+                "over_scratch": protection.over_scratch(
+                    of_seed["thief_accuracy"], of_seed["scratch"]
+                ),
+                "images_needed": tried["images_needed"].mean(),
+                **{
+                    name: group.groupby("seed")[name].first().mean()
+                    for name in ("copy_bytes", "calibration_ratio")
+                },
+                "rounds_over_cap": group.groupby("seed")["rounds_over_cap"].first().sum(),
+            })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def _key(accuracy: float) -> float:
+    return -1.0 if math.isnan(accuracy) else accuracy
+
+
+def markdown(frame: Frame, best: Frame) -> str:
+    """Both tables, setting by setting."""
+    lines = [
+        "# The frontier", "",
+        "Owner O, best thief T of a view and scratch S on test, in %. λ = (T − S) / (O − S): 0 is "
+        "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal. "
+        "Intervals are 95 %, bootstrapped over paired seeds; of one seed there is none. Thieves "
+        "choose their numbers on held-out data of their own.", "",
+    ]  # fmt: skip
+    for setting, group in best.groupby(SETTING, sort=False):
+        first = group.iloc[0]
+        of = (frame[SETTING] == list(setting)).all(axis=1)
+        lines += [
+            f"## {setting[0]}, K = {setting[1]}, {_counted(group['seeds'].max(), 'seed')}", "",
+            f"FedAvg {_percent(first['fedavg'])}; the server alone, on its {setting[2]} images, "
+            f"{_percent(first['server_alone'])}.", "",
+            *_by_view(group), "", "λ of each thief in the smallest view that it needs:", "",
+            *_by_thief(frame[of]), "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _by_view(group: Frame) -> list[str]:
+    views = list(dict.fromkeys(zip(group["view"], group["members"], strict=True)))
+    heads = ["scheme", "strength", "O", "copy", "kB a copy", "calibration / training"]
+    heads += [f"{view}{f', {c}' if c > 1 else ''}: S, T, λ" for view, c in views]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for (scheme, strength), some in group.groupby(["scheme", "strength"], sort=False, dropna=False):
+        first = some.iloc[0]
+        cells = [scheme, _shown(strength), _percent(first["owner"]), _percent(first["copy"])]
+        cells += [_number(first["copy_bytes"], 1e-3, 0), _number(first["calibration_ratio"], 1, 2)]
+        for view, members in views:
+            of = some[(some["view"] == view) & (some["members"] == members)]
+            if not len(of):
+                cells.append("")
+                continue
+            one = of.iloc[0]
+            cells.append(
+                f"{_percent(one['scratch'])}, {_percent(one['thief_accuracy'])} "
+                f"({one['thief'].replace('_', ' ')}), {_ratio(one)}"
+            )
+        lines.append(_line(cells))
+    return lines
+
+
+def _by_thief(frame: Frame) -> list[str]:
+    """Thieves in rows, schemes in columns; of each scheme its middle strength."""
+    schemes = list(dict.fromkeys(frame["scheme"]))
+    middle = {}
+    for scheme in schemes:
+        strengths = list(dict.fromkeys(frame[frame["scheme"] == scheme]["strength"]))
+        middle[scheme] = strengths[len(strengths) // 2]
+    heads = ["thief", "view", *(f"{s} {_shown(middle[s])}".strip() for s in schemes)]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for (view, members, thief), some in frame.groupby([*VIEW, "thief"], sort=True):
+        cells = [thief.replace("_", " "), view + (f", {members}" if members > 1 else "")]
+        for scheme in schemes:
+            same = (
+                some["strength"].isna()
+                if _missing(middle[scheme])
+                else (some["strength"] == middle[scheme])
+            )
+            of = some[(some["scheme"] == scheme) & same]
+            seeds = of.groupby("seed")[["owner", "thief_accuracy", "scratch"]].mean()
+            stolen = protection.share_stolen(*(seeds[name] for name in seeds)) if len(of) else None
+            cells.append("" if stolen is None else _ratio({
+                "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high
+            }))  # fmt: skip
+        lines.append(_line(cells))
+    return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(strength: Any) -> str:
+    return "" if _missing(strength) else f"{strength:g}"
+
+
+def _percent(value: Any) -> str:
+    return "–" if _missing(value) else f"{100 * value:.1f}"
+
+
+def _number(value: Any, times: float, digits: int) -> str:
+    return "–" if _missing(value) else f"{times * value:.{digits}f}"
+
+
+def _ratio(one: Any) -> str:
+    if _missing(one["lambda"]):
+        return "–"
+    if _missing(one["lambda_low"]):
+        return f"{one['lambda']:.2f}"
+    return f"{one['lambda']:.2f} [{one['lambda_low']:.2f}, {one['lambda_high']:.2f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+@matplotlib.rc_context(SIZES)
+def pictures(best: Frame) -> dict[str, Figure]:
+    """One for each population: owner against best thief, a panel a partition and view."""
+    found = {}
+    schemes = [name for name in dict.fromkeys(best["scheme"]) if name != "none"]
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
+        for n, name in enumerate(schemes)
+    }
+    several = best["server_images"].nunique() > 1
+    for (clients, images), of in best.groupby(SETTING[1:], sort=True):
+        views = list(dict.fromkeys(zip(of["view"], of["members"], strict=True)))
+        partitions = list(dict.fromkeys(of["partition"]))
+        figure = blank(1.2 + 2.5 * len(views), 1.3 + 2.3 * len(partitions), 150)
+        axes = figure.subplots(len(partitions), len(views), squeeze=False, sharey="row")
+        for row, partition in enumerate(partitions):
+            for column, (view, members) in enumerate(views):
+                some = of[
+                    (of["partition"] == partition) & (of["view"] == view)
+                    & (of["members"] == members)
+                ]  # fmt: skip
+                _panel(axes[row, column], some, looks)
+                if row == 0:
+                    axes[row, column].set_title(f"{view}: {SEEN[view].format(members)}")
+                if row == len(partitions) - 1:
+                    axes[row, column].set_xlabel("best thief T, test accuracy")
+            axes[row, 0].set_ylabel(f"{partition}\nowner O, test accuracy")
+        handles = [Line2D([], [], lw=1.2, ms=5, label=name, **looks[name]) for name in schemes]
+        handles += [
+            Line2D([], [], color=BLACK, ls=(0, (5, 2)), lw=1, label="FedAvg's owner"),
+            Line2D([], [], color=GREY, ls=":", lw=1, label="the server alone"),
+            Line2D([], [], color=GREY, ls="-", lw=0.8, label="T = O: all is stolen"),
+            Patch(color="0.88", label="scratch S: nothing is stolen"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
+        found[f"frontier-{clients}{f'-{images}' if several else ''}.png"] = figure
+    return found
+
+
+def _panel(axes: Axes, some: Frame, looks: Mapping[str, dict[str, Any]]) -> None:
+    low = np.nanmin([some["scratch_low"].min(), some["thief_accuracy"].min()]) - 0.03
+    span = (
+        some["scratch_low"].min(),
+        max(some["scratch_high"].max(), some["scratch_low"].min() + 0.004),
+    )
+    axes.axvspan(*span, color="0.88", lw=0, zorder=0)
+    axes.axhline(some["fedavg"].mean(), color=BLACK, ls=(0, (5, 2)), lw=1)
+    axes.axhline(some["server_alone"].mean(), color=GREY, ls=":", lw=1)
+    axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, zorder=1)
+    for name, look in looks.items():
+        curve = some[some["scheme"] == name].sort_values("strength")
+        axes.plot(curve["thief_accuracy"], curve["owner"], lw=1.2, ms=5, **look)
+    axes.set_xlim(max(low, 0), 1.005)
+    owners = some["owner"].dropna()
+    axes.set_ylim(max(min(owners.min(), some["server_alone"].min()) - 0.03, 0), 1.005)
+    axes.grid(color="0.93", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

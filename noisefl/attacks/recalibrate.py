@@ -1,0 +1,35 @@
+"""Recalibration: a scale and a shift for each channel (PROTECTION.md, "Thieves")."""
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from noisefl.attacks.base import Params, Public, View, newest
+from noisefl.attacks.training import Training, labelled
+from noisefl.local import Own
+from noisefl.parts import part
+
+
+@part
+class Recalibrate(Training):
+    """Of each layer that owns a kernel, kernel[..., c] · s[c] and bias[c] + t[c]: so few numbers
+    that a handful of images decides them. Of the newest copy."""
+
+    def steal(self, key: jax.Array, view: View, own: Own, public: Public) -> Params:
+        copy: dict = flatten_dict(newest(view, view.copies))  # pyright: ignore
+        layers = [layer.path for layer in public.functions.layers(public.image_shape)]
+        kernels = [(*path, "kernel") for path in layers]
+        biases = [path for path in ((*path, "bias") for path in layers) if path in copy]
+        scales = {path: jnp.ones(copy[path].shape[-1]) for path in kernels}
+        shifts = {path: jnp.zeros_like(copy[path]) for path in biases}
+        loss = labelled(own, public)
+
+        def model(moved: tuple[dict, dict]) -> Params:
+            scaled = {path: copy[path] * s for path, s in moved[0].items()}
+            shifted = {path: copy[path] + t for path, t in moved[1].items()}
+            return unflatten_dict({**copy, **scaled, **shifted})
+
+        found = self.descend(
+            key, (scales, shifts), lambda moved, batch: loss(model(moved), batch), own.count
+        )
+        return model(found)

@@ -1,0 +1,104 @@
+"""The head stays with the server: split learning."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from noisefl.cohort import Cohort, Members
+from noisefl.errors import refuse
+from noisefl.local import Own
+from noisefl.models import Functions
+from noisefl.noise import Path
+from noisefl.parts import part, size
+from noisefl.probing import Judge
+from noisefl.schemes.base import Carry, Issue, Scheme, Slot, uncalibrated
+
+Params = Any
+
+
+@part
+class Withheld(Scheme):
+    """Clients receive the trunk of W; its last layers stay with the server.
+
+    In the copy those layers are 0, which everybody can put there. Training goes on jointly: the
+    client computes the trunk, the server what lies above, and the gradient comes back through it.
+    That is training from W itself, as it is here, with a model at the server for each client
+    while it works; both parts are averaged in the end. What a client keeps is the trunk
+    that it trained. What passes between the two in a step is not in a thief's view; answers of the
+    server's part are what SFL-MEA steals from.
+
+    Attributes:
+      withheld_layers: how many of the layers that own a kernel, from the last one called.
+
+    Raises:
+      ValueError: in `fit`, a model that has no more layers than that.
+
+    References:
+      Gupta & Raskar 2018, arXiv 1810.06060: split learning. SFL-MEA, arXiv 2303.08581: thieves.
+    """
+
+    source: ClassVar[str] = "split learning, arXiv 1810.06060; attacked in SFL-MEA, 2303.08581"
+    promise: ClassVar[str] = (
+        "no client holds a parameter of the withheld layers; a trunk is there to be taken, and a "
+        "head is fitted to it from own data"
+    )
+
+    withheld_layers: int = size(1, "last layers that stay with the server", unit="layers")
+
+    def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
+        there = len(model.layers(image_shape))
+        if self.withheld_layers >= there:
+            allowed = f"must leave one of the model's {there} layers"
+            raise refuse("withheld_layers", self.withheld_layers, allowed)
+
+    def touched(self, model: Functions, image_shape: tuple[int, int, int]) -> tuple[Path, ...]:
+        last = {layer.path for layer in model.layers(image_shape)[-self.withheld_layers :]}
+        return tuple(p for p in super().touched(model, image_shape) if p[:-1] in last)
+
+    def slots(self, cohort: Cohort) -> dict[str, int]:
+        return {"copy0": 0}
+
+    def issue(
+        self, key: jax.Array, round: jax.Array, base: Params, owner: Params, members: Members,
+        judge: Judge, carry: Carry,
+    ) -> tuple[Issue, Carry]:  # fmt: skip
+        flat: dict[Path, jax.Array] = flatten_dict(base)  # pyright: ignore
+        secret = {path: flat[path] for path in self.touched(judge.model, judge.image_shape)}
+        return uncalibrated(secret, members), carry
+
+    def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
+        return _with(base, jax.tree.map(jnp.zeros_like, issue.secret))
+
+    def work(
+        self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
+        model: Functions,
+    ) -> Params:  # fmt: skip
+        return train(_with(copy, issue.secret))
+
+    def kept(self, returned: Params, copy: Params) -> Params:
+        """A layer whose kernel is 0 throughout in the copy is one that the client never had. (A
+        layer that is handed out has no such kernel: nothing would come through it.)"""
+        flat: dict[Path, jax.Array] = flatten_dict(copy)  # pyright: ignore
+        blank = {path[:-1]: jnp.all(x == 0) for path, x in flat.items() if path[-1] == "kernel"}
+        trained: dict[Path, jax.Array] = flatten_dict(returned)  # pyright: ignore
+        return unflatten_dict(
+            {p: jnp.where(blank.get(p[:-1], False), flat[p], trained[p]) for p in flat}
+        )
+
+    def recover(
+        self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
+    ) -> tuple[Params, Params | None]:
+        return jax.tree.map(jnp.subtract, returned, base), None
+
+    def bytes_sent(self, base: Params, issue: Issue) -> jax.Array:
+        """Four for each parameter of the trunk; activations and gradients are not counted."""
+        here = sum(leaf.size for leaf in issue.secret.values())
+        return super().bytes_sent(base, issue) - jnp.where(issue.protected, 4 * here, 0)
+
+
+def _with(params: Params, others: dict[Path, jax.Array]) -> Params:
+    """The parameters with others in some places."""
+    return unflatten_dict({**flatten_dict(params), **others})

@@ -1,0 +1,476 @@
+"""The rival schemes against NumPy, and what their papers say of them; the contract is tested in
+`test_schemes`."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import federation as fed
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_nets as nets
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from noisefl import calibrate, keys, models, noise, schemes
+from noisefl.schemes import Slot
+
+DATA, M = fed.federation(), 4
+LINEN = fed.TINY.replace(model=fed.TinyCNN()).resolved()
+W = jax.tree.map(jnp.float32, fed.trained())
+LAST = noise.layers("last", relative=True)
+
+
+def still(strength: float) -> calibrate.Calibrator:
+    return calibrate.Unverified(strength=strength)
+
+
+@functools.cache
+def issuing(experiment):
+    """Compiled once for each structure of a scheme."""
+    judge = experiment.judge(DATA)
+
+    @jax.jit
+    def issue(scheme, key, round, base, members, carry):
+        return scheme.issue(key, round, base, base, members, judge, carry)
+
+    return issue
+
+
+def issued(scheme, base=W, round=2, seed=5, carry=None, experiment=LINEN, members=None):
+    """(issue, members, carry) of a round."""
+    key = keys.root(seed)
+    members = experiment.cohort.draw(key, DATA.counts) if members is None else members
+    carry = scheme.init(keys.root(6), base) if carry is None else carry
+    issue, carry = issuing(experiment)(scheme, key, jnp.int32(round), base, members, carry)
+    return issue, members, carry
+
+
+@jax.jit
+def copies(scheme, issue, members, base=W):
+    slots = Slot(jnp.arange(M), members.groups, members.clients)
+    return jax.vmap(lambda slot: scheme.copy(base, issue, slot))(slots)
+
+
+def flat(tree) -> dict[tuple[str, ...], np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree).items()}  # pyright: ignore
+
+
+def assert_one_program(before, after):
+    """States have one structure, so that rounds are a loop."""
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (before, after)]
+    assert kinds[0] == kinds[1]
+
+
+def joined(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def joined_clients(tree) -> np.ndarray:
+    """[M, n]."""
+    leaves = [np.reshape(leaf, (M, -1)) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves, axis=1)
+
+
+# Own noise.
+
+WIDE = {"last": {"kernel": jnp.ones((50, 40)), "bias": jnp.ones(40)}}  # RMS 1: ξ is r times a unit
+
+
+class Affine(nn.Module):
+    """One layer of 2,040 parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(40, name="last")(x.reshape(x.shape[0], -1)[:, :50])
+
+
+@pytest.mark.parametrize(
+    ("own", "common"), [("fresh", 0.0), ("fresh", 0.3), ("sticky", 0.0), ("sticky", 0.5)]
+)
+def test_averages_of_own_noise_keep_the_share_that_the_docstring_says(own, common):
+    """c = M clients in J rounds: ρ/J + (1 − ρ)/c of the variance if sticky, else
+    ρ/J + (1 − ρ)/(cJ). A variance of n = 2,040 entries has a relative error of √(2/n) = 0.031; of
+    each figure five of these are allowed."""
+    rounds, r = 5, 3.0
+    scheme = schemes.OwnNoise(calibrator=still(r), on=LAST, own=own, common=common)
+    experiment = fed.TINY.replace(model=Affine()).resolved()
+    _, members, carry = issued(scheme, WIDE, experiment=experiment)
+
+    xi = []
+    for t in range(rounds):
+        issue, _, carry = issued(scheme, WIDE, t, t, carry, experiment, members)
+        xi.append((joined_clients(copies(scheme, issue, members, WIDE)) - 1) / r)
+    xi = np.stack(xi)  # [J, M, n]
+    close = 5 * math.sqrt(2 / xi.shape[-1])
+    each = np.mean(xi**2, axis=-1)
+    np.testing.assert_allclose(each, 1, rtol=close)
+    left = np.mean(np.mean(xi, axis=(0, 1)) ** 2)
+    of_own = 1 - common
+    expected = common / rounds + of_own / (M if own == "sticky" else M * rounds)
+    assert left == pytest.approx(expected, rel=close)
+    # Correlations of two clients of a round are ρ; of two rounds of a client 1 − ρ or 0.
+    assert np.mean(xi[0, 0] * xi[0, 1]) == pytest.approx(common, abs=close)
+    of_rounds = of_own if own == "sticky" else 0
+    assert np.mean(xi[0, 0] * xi[1, 0]) == pytest.approx(of_rounds, abs=close)
+
+
+def test_sticky_noise_is_of_the_client_and_not_of_its_slot():
+    scheme = schemes.OwnNoise(calibrator=still(1.0), own="sticky")
+    issue, members, carry = issued(scheme)
+    turned = dataclasses.replace(members, clients=members.clients[::-1])
+    again, _, _ = issued(scheme, W, 3, 9, carry, members=turned)
+    one, other = copies(scheme, issue, members), copies(scheme, again, turned)
+    fed.assert_same(one, jax.tree.map(lambda leaf: leaf[::-1], other))
+    fresh = schemes.OwnNoise(calibrator=still(1.0))
+    of_round = joined(copies(fresh, issued(fresh)[0], members))
+    assert (of_round != joined(copies(fresh, issued(fresh, seed=8)[0], members))).any()
+
+
+# DP downlink.
+
+
+def test_a_release_is_unbiased_where_the_clip_does_not_act():
+    """The mean of 400 untrained updates over all 226 parameters, in their own deviations: of 226
+    standard normals over √400 the largest is below 4.5 but once in 600."""
+    scheme = schemes.Released(calibrator=still(0.5), clip=5.0)
+    deviation = deviation_by_hand(scheme, 0.5)
+    draws = jax.vmap(jax.random.key)(jnp.arange(400))
+    of = functools.partial(scheme.variant, strength=jnp.float32(0.5), variant=jnp.int32(0))
+    many = jax.jit(jax.vmap(lambda key: of(W, key)))(draws)
+    for path, leaf in flat(many).items():
+        added = (leaf - np.asarray(flat(W)[path])) / deviation[path]
+        assert np.abs(added.mean(axis=0)).max() * 20 < 4.5
+        assert added.std() == pytest.approx(1, rel=5 / math.sqrt(2 * added.size))
+    issue, members, _ = issued(scheme)
+    slot = Slot(jnp.int32(0), members.groups[0], members.clients[0])
+    copy = scheme.copy(W, issue, slot)
+    update, mask = scheme.recover(copy, copy, W, issue, slot)
+    assert mask is None
+    fed.assert_same(update, jax.tree.map(jnp.subtract, copy, W))  # it stays in
+    assert scheme.slots(LINEN.cohort) == {"copy0": 0}
+    assert (np.ptp(joined_clients(copies(scheme, issue, members)), axis=0) == 0).all()
+
+
+def deviation_by_hand(scheme, strength) -> dict[tuple[str, ...], float]:
+    """C_l / √n_l by hand: C = clip · √O, O = 3 of the stem and 4 of the head."""
+    clip = float(scheme.clip)
+    of_layer = {"stem": clip * (3 / 30) ** 0.5, "head": clip * (4 / 196) ** 0.5}
+    return {path: strength * of_layer[path[0]] for path in flat(W)}
+
+
+def test_the_clip_acts_on_layers_that_are_longer_and_on_no_others():
+    scheme = schemes.Released(calibrator=still(1.0), clip=0.5)
+    long = jax.tree.map(lambda w: w, W)
+    long["head"] = jax.tree.map(lambda w: w / 100, W["head"])  # and this one is not
+    clipped = scheme.variant(long, keys.root(1), jnp.float32(1e-7), jnp.int32(0))
+    norms = {layer: np.linalg.norm(joined(clipped[layer])) for layer in clipped}
+    assert norms["stem"] == pytest.approx(0.5 * 3**0.5, rel=1e-4)
+    np.testing.assert_allclose(joined(clipped["head"]), joined(long["head"]), atol=1e-6)
+    fed.assert_same(scheme.variant(long, keys.root(1), jnp.float32(0), jnp.int32(0)), long)
+
+
+# Few weights.
+
+
+def test_exactly_n_weights_are_shifted_uphill():
+    scheme = schemes.FewWeights(calibrator=still(0.5), entries=7, sample=32)
+    scheme.fit(LINEN.functions, fed.IMAGE, LINEN.cohort)
+    issue, members, _ = issued(scheme)
+    copy = fed.lane(copies(scheme, issue, members), 0)
+    moved = joined(copy) - joined(W)
+    assert np.sum(moved != 0) == 7
+    rms = np.sqrt(np.mean(joined(W) ** 2))
+    places, direction = (np.asarray(x) for x in issue.secret.draw)
+    np.testing.assert_allclose(moved[places], 0.5 * rms * direction, atol=1e-6)
+    assert np.mean(direction**2) == pytest.approx(1, rel=1e-5)
+
+    images, labels = np.asarray(DATA.validation_images), np.asarray(DATA.validation_labels)
+
+    def loss(params):
+        logits = np.asarray(fed.forward(params, jnp.asarray(images / np.float32(255))), np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        return np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels])
+
+    assert loss(copy) > loss(W)
+    back = jax.tree.map(lambda w, c: 2 * w - c, W, copy)
+    assert loss(copy) > loss(back)  # uphill, not any way
+    with pytest.raises(ValueError, match=r"^entries=227: the model has 226 parameters$"):
+        schemes.FewWeights(entries=227).fit(LINEN.functions, fed.IMAGE, LINEN.cohort)
+
+
+# Quantised copies.
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.0, 4.0])
+def test_a_quantised_layer_has_few_levels_and_a_bounded_error(strength):
+    scheme = schemes.Quantised(calibrator=still(strength))
+    issue, members, _ = issued(scheme)
+    copy = flat(fed.lane(copies(scheme, issue, members), 0))
+    coarse = 0
+    for path, leaf in flat(W).items():
+        whole = joined(W[path[0]])
+        step = strength * np.sqrt(np.mean(whole**2))
+        error = copy[path] - leaf
+        assert np.abs(error).max() <= step / 2 * (1 + 1e-5)
+        places = (copy[path] - copy[path].ravel()[0]) / step
+        np.testing.assert_allclose(places, np.round(places), atol=1e-4)  # one grid
+        levels = math.floor(2 * np.abs(leaf).max() / step) + 2
+        assert len(np.unique(np.round(places))) <= levels
+        coarse += min(math.ceil(math.log2(levels)) * leaf.size / 8 + 8, 4 * leaf.size)
+    assert float(scheme.bytes_sent(W, issue)) == pytest.approx(coarse)
+    if strength == 0.25:
+        assert coarse < 4 * joined(W).size / 4
+
+
+def test_offsets_of_the_grid_are_uniform_so_that_the_error_is_q_over_root_12():
+    """Over 300 offsets of 192 parameters: their mean square has a relative error below 0.05."""
+    scheme = schemes.Quantised(calibrator=still(2.0))
+    paths = scheme.touched(LINEN.functions, fed.IMAGE)
+
+    def error(key):
+        copy = scheme.variant(W, scheme.on.keys(key, paths), jnp.float32(2.0), jnp.int32(0))
+        return copy["head"]["kernel"] - W["head"]["kernel"]
+
+    errors = jax.jit(jax.vmap(error))(jax.vmap(jax.random.key)(jnp.arange(300)))
+    step = 2 * np.sqrt(np.mean(joined(W["head"]) ** 2))
+    assert np.mean(np.square(errors)) == pytest.approx(step**2 / 12, rel=0.05)
+    assert np.abs(np.mean(errors)) < 0.05 * step
+    known = scheme.spread(W, jnp.float32(2.0), LINEN.functions, fed.IMAGE)["head", "kernel"]
+    assert known == pytest.approx(step / 12**0.5, rel=1e-5)
+
+
+# Sub-models.
+
+
+class Deep(nn.Module):
+    """Two convolutions and two dense layers; the second reads images of 2 × 2 of 6 channels."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(models.max_pool(models.Conv(4, 3, name="zeroth")(x)))
+        x = nn.relu(models.max_pool(models.Conv(6, 3, name="first")(x)))
+        x = nn.relu(models.Dense(10, name="b")(x.reshape(x.shape[0], -1)))
+        return models.Dense(fed.CLASSES, name="a")(x)
+
+
+DEEP = fed.TINY.replace(model=Deep()).resolved()
+SHAPES = {
+    "zeroth": {"kernel": (3, 3, 1, 4), "bias": (4,)},
+    "first": {"kernel": (3, 3, 4, 6), "bias": (6,)},
+    "b": {"kernel": (24, 10), "bias": (10,)},
+    "a": {"kernel": (10, fed.CLASSES), "bias": (fed.CLASSES,)},
+}
+RNG = np.random.default_rng(3)
+DEEP_W = {
+    layer: {name: jnp.float32(RNG.normal(0.1, 0.3, shape)) for name, shape in some.items()}
+    for layer, some in SHAPES.items()
+}
+NET: nets.Net = [
+    ("conv", "zeroth", "SAME"), ("relu",), ("pool",), ("conv", "first", "SAME"), ("relu",),
+    ("pool",), ("flatten",), ("dense", "b"), ("relu",), ("dense", "a"),
+]  # fmt: skip
+CHAIN = {"zeroth": 4, "first": 6, "b": 10}  # hidden layers in call order
+SHARE = {1.0: (2, 3, 5), 2.0: (2, 2, 4), 9.0: (1, 1, 1)}  # ⌈units / (1 + s)⌉
+
+
+def held_units(copy) -> list[np.ndarray]:
+    """Of one copy, by its biases, none of which is 0 in W."""
+    return [np.flatnonzero(np.asarray(copy[layer]["bias"])) for layer in CHAIN]
+
+
+@pytest.mark.parametrize("units", ["sticky", "rolling"])
+@pytest.mark.parametrize("strength", [1.0, 2.0, 9.0])
+def test_a_sub_model_computes_what_the_smaller_network_does(units, strength):
+    scheme = schemes.SubModel(calibrator=still(strength), units=units)
+    scheme.fit(DEEP.functions, fed.IMAGE, DEEP.cohort)
+    issue, members, _ = issued(scheme, DEEP_W, experiment=DEEP)
+    all_of_them = copies(scheme, issue, members, DEEP_W)
+    images = np.random.default_rng(0).integers(0, 256, (5, *fed.IMAGE))
+    for slot in range(M):
+        copy = fed.lane(all_of_them, slot)
+        one, two, three = held_units(copy)
+        assert (len(one), len(two), len(three)) == SHARE[strength]
+        w, rows = jax.tree.map(np.asarray, DEEP_W), np.arange(4 * 6).reshape(4, 6)
+        small = {
+            "zeroth": {"kernel": w["zeroth"]["kernel"][..., one], "bias": w["zeroth"]["bias"][one]},
+            "first": {
+                "kernel": w["first"]["kernel"][:, :, one][..., two],
+                "bias": w["first"]["bias"][two],
+            },
+            "b": {
+                "kernel": w["b"]["kernel"][rows[:, two].ravel()][:, three],
+                "bias": w["b"]["bias"][three],
+            },
+            "a": {"kernel": w["a"]["kernel"][three], "bias": w["a"]["bias"]},
+        }
+        whole, _ = nets.forward(NET, nets.as_float64(copy), images)
+        np.testing.assert_allclose(
+            whole, nets.forward(NET, nets.as_float64(small), images)[0], rtol=1e-9
+        )
+        size = sum(leaf.size for leaf in jax.tree.leaves(small))
+        assert float(scheme.bytes_sent(DEEP_W, issue)) == 4 * size
+        place = Slot(jnp.int32(slot), members.groups[slot], members.clients[slot])
+        update, mask = scheme.recover(copy, copy, DEEP_W, issue, place)
+        assert not joined(update).any()
+        assert joined(mask).sum() == size
+        fed.assert_same(jax.tree.map(jnp.multiply, DEEP_W, mask), copy)
+
+
+def test_sticky_units_are_the_clients_own_and_rolling_ones_move_by_one():
+    sticky = schemes.SubModel(calibrator=still(1.0))
+    issue, members, carry = issued(sticky, DEEP_W, experiment=DEEP)
+    again, _, _ = issued(sticky, DEEP_W, 3, 5, carry, DEEP)
+    one = copies(sticky, issue, members, DEEP_W)
+    fed.assert_same(one, copies(sticky, again, members, DEEP_W))
+    subsets = [tuple(np.concatenate(held_units(fed.lane(one, slot)))) for slot in range(M)]
+    assert len(set(subsets)) == M  # of 6 · 20 · 252 that there are
+    stronger = schemes.SubModel(calibrator=still(2.0))
+    less, _, _ = issued(stronger, DEEP_W, 3, 5, carry, DEEP)
+    for slot in range(M):  # nested: a larger share later is all that a client ever has
+        small = held_units(fed.lane(copies(stronger, less, members, DEEP_W), slot))
+        large = held_units(fed.lane(one, slot))
+        assert all(set(few) <= set(many) for few, many in zip(small, large, strict=True))
+
+    rolling = schemes.SubModel(calibrator=still(1.0), units="rolling")
+    _, members, carry = issued(rolling, DEEP_W, experiment=DEEP)
+    seen = []
+    for t in (1, 2, 3):
+        issue, _, _ = issued(rolling, DEEP_W, t, t, carry, DEEP)
+        everyone = copies(rolling, issue, members, DEEP_W)
+        assert (np.ptp(joined_clients(everyone), axis=0) == 0).all()
+        seen.append(held_units(fed.lane(everyone, 0)))
+    for before, after in itertools.pairwise(seen):
+        for units, old, new in zip(CHAIN.values(), before, after, strict=True):
+            assert set(new) == {(unit + 1) % units for unit in old}
+    assert rolling.slots(DEEP.cohort) == {"copy0": 0}
+
+
+def test_sub_models_of_layers_that_do_not_chain_are_refused():
+    with pytest.raises(ValueError, match=r"^model='head/stem': stem .* does not read .* of head"):
+        schemes.SubModel().fit(fed.TINY.functions, fed.IMAGE, fed.TINY.cohort)
+
+
+# The head stays with the server.
+
+
+def test_a_client_of_a_withheld_head_never_has_it():
+    experiment = fed.TINY.replace(model=fed.TinyCNN(), scheme=schemes.Withheld())
+    before = fed.start(experiment)
+    after, info = fed.step(fed.KEY, before, DATA, experiment)
+    assert_one_program(before, after)
+    copy, kept = info.observed
+    for has in (copy, kept):
+        assert not joined(has["head"]).any()
+    assert (np.asarray(kept["stem"]["kernel"]) != np.asarray(copy["stem"]["kernel"])).any()
+    bare, of_bare = fed.step(fed.KEY, before, DATA, experiment.replace(scheme=schemes.Bare()))
+    fed.assert_same(after.base, bare.base)  # joint training is training from W: bitwise
+    fed.assert_same(kept["stem"], of_bare.observed[1]["stem"])
+    assert float(experiment.scheme.bytes_sent(before.base, info.issue)) == 4 * 30
+
+    warm = experiment.replace(scheme=schemes.Warmup(schemes.Withheld(), 5))
+    _, of_warm = fed.step(fed.KEY, before, DATA, warm)  # W is handed out: all of it is kept
+    fed.assert_same(of_warm.observed[1], of_bare.observed[1])
+    assert float(warm.scheme.bytes_sent(before.base, of_warm.issue)) == 4 * 226
+
+
+def test_what_cannot_be_withheld_is_refused():
+    with pytest.raises(ValueError, match=r"^withheld_layers=2: must leave one of the model's 2"):
+        schemes.Withheld(withheld_layers=2).fit(LINEN.functions, fed.IMAGE, LINEN.cohort)
+    two = schemes.Withheld(withheld_layers=2).touched(DEEP.functions, fed.IMAGE)
+    assert {path[0] for path in two} == {"a", "b"}
+
+
+# Statistics alone.
+
+
+def test_statistics_are_the_ridge_regression_on_the_pooled_clients():
+    """In float64, of all images of the clients of two rounds; a client in both counts twice."""
+    scheme = schemes.Statistics(ridge=0.01, at_once=5)  # no divisor of the padding
+    experiment = fed.TINY.replace(model=fed.TinyCNN(), scheme=scheme)
+    state, rows = fed.start(experiment), []
+    stem, base = state.base["stem"], state.base
+    for _ in range(2):
+        before = state
+        state, info = fed.step(fed.KEY, state, DATA, experiment)
+        copy, kept = info.observed
+        assert not joined(copy["head"]).any()
+        fed.assert_same(copy, kept)
+        for k in np.asarray(info.members.clients):
+            rows += np.asarray(DATA.clients)[k, : int(DATA.counts[k])].tolist()
+        fed.assert_same(state.base["stem"], stem)
+        assert_one_program(before, state)
+    net = {name: jax.tree.map(np.float64, layer) for name, layer in base.items()}
+    net["head"] = {"kernel": np.eye(48), "bias": np.zeros(48)}
+    features, _ = nets.forward(fed.NET, net, np.asarray(DATA.train_images)[rows])
+    features = np.concatenate([features, np.ones((len(rows), 1))], axis=1)
+    hot = np.eye(fed.CLASSES)[np.asarray(DATA.train_labels)[rows]]
+    mean = features.T @ features / len(rows)
+    expected = np.linalg.solve(mean + 0.01 * np.eye(49), features.T @ hot / len(rows))
+    np.testing.assert_allclose(state.base["head"]["kernel"], expected[:-1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(state.base["head"]["bias"], expected[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_models_that_statistics_cannot_serve_are_refused():
+    class Square(nn.Module):
+        """As many classes as the first layer has inputs."""
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(64)(nn.Dense(5)(x.reshape(x.shape[0], -1)))
+
+    scheme, cohort = schemes.Statistics(), LINEN.cohort
+    with pytest.raises(ValueError, match=r"^model='a pair of functions': must be a Flax"):
+        scheme.fit(fed.TINY.functions, fed.IMAGE, cohort)
+    with pytest.raises(ValueError, match=r"^model='Square': must end in a dense layer"):
+        scheme.fit(models.functions(Square()), fed.IMAGE, cohort)
+    with pytest.raises(ValueError, match=r"^scheme='statistics': hands out no model to train"):
+        schemes.Warmup(scheme)
+    for name in models.MODELS:
+        scheme.fit(models.functions(models.by_name(name, 10)), (28, 28, 1), cohort)
+        schemes.SubModel().fit(models.functions(models.by_name(name, 10)), (28, 28, 1), cohort)
+
+
+# Through a whole round.
+
+ROUNDS = {
+    "own noise": schemes.OwnNoise(calibrator=still(1.0)),
+    "sticky": schemes.OwnNoise(calibrator=still(1.0), own="sticky"),
+    "two-way": schemes.OwnNoise(calibrator=still(1.0), own="sticky", common=0.5),
+    "released": schemes.Released(calibrator=still(0.1)),
+    "few weights": schemes.FewWeights(calibrator=still(1.0), entries=5),
+    "quantised": schemes.Quantised(calibrator=still(1.0)),
+    "sticky units": schemes.SubModel(calibrator=still(1.0)),
+    "rolling units": schemes.SubModel(calibrator=still(1.0), units="rolling"),
+}
+
+
+def of_rounds(scheme, strength=None):
+    """FedAvg's round, and that of the scheme, from the same state."""
+    if strength is not None:
+        scheme = scheme.replace(calibrator=still(strength))
+    linen = isinstance(scheme, schemes.SubModel)  # must know the order of the layers
+    model = fed.TinyCNN() if linen else fed.TINY.model
+    experiment = fed.TINY.replace(model=model, scheme=scheme)
+    before = fed.start(experiment)
+    return before, *fed.step(fed.KEY, before, DATA, experiment)
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_round_learns_and_at_strength_0_it_is_fedavgs(name):
+    """Bitwise, but for sub-models: with masks the mean is divided by the sum of the weights,
+    which is 1 up to rounding."""
+    before, after, info = of_rounds(ROUNDS[name])
+    assert info.finite
+    assert (joined(after.base) != joined(before.base)).any()
+    assert (joined_clients(info.observed[0]) != joined(before.base)).any()
+    assert_one_program(before, after)
+    _, nothing, _ = of_rounds(ROUNDS[name], 0.0)
+    _, fedavg, _ = of_rounds(schemes.Bare())
+    if isinstance(ROUNDS[name], schemes.SubModel):
+        fed.assert_same(nothing.base, fedavg.base, rtol=1e-5, atol=1e-6)
+    else:
+        fed.assert_same(nothing.base, fedavg.base)
