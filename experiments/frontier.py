@@ -194,6 +194,9 @@ def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
     ])  # fmt: skip
     if command is None:
         return None
+    if command.axes:
+        allowed = "the frontier's grid is --schemes, --partitions, --clients, --seeds, …"
+        raise refuse("grid", command.axes[0].flag, allowed)
     varied = {
         flag: parse_axis(f"{flag}={','.join(given[name])}", command.known, {}).values
         for name, flag in NUMBERS.items()

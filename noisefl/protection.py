@@ -45,7 +45,8 @@ def share_stolen(owner: Sequence[float], thief: Sequence[float], scratch: Sequen
     value = np.mean(t - s) / np.mean(o - s)
     if o.size == 1:
         return Interval(float(value), np.nan, np.nan)
-    return Interval(float(value), *_ends(taken / worth))
+    some = worth > 0  # in all but a fortieth at most there is something to steal
+    return Interval(float(value), *_ends(taken[some] / worth[some]))
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Interval:

@@ -14,7 +14,7 @@ from noisefl.data import Federation
 from noisefl.errors import refuse
 from noisefl.experiment import Experiment
 from noisefl.local import Own
-from noisefl.measure import Measure, Numbers, Standard
+from noisefl.measure import Conclusion, Measure, Numbers, Standard
 from noisefl.round import State, init, step
 from noisefl.schemes import Bare
 
@@ -54,7 +54,7 @@ def measured_step(
 
 def conclude(
     key: jax.Array, state: State, data: Federation, experiment: Experiment, measure: Measure
-) -> dict[str, dict[str, jax.Array]]:
+) -> Conclusion:
     """What a measure says after the last round, by row and column.
 
     Args:

@@ -20,7 +20,7 @@ from noisefl.data import Federation
 from noisefl.errors import refuse
 from noisefl.experiment import Experiment
 from noisefl.layout import own_places, put, select, stack, width
-from noisefl.measure import Measure, Numbers, Standard
+from noisefl.measure import Conclusion, Measure, Numbers, Standard
 from noisefl.round import State
 from noisefl.schemes import Bare
 from noisefl.simulate import begin, chunk_of_rounds
@@ -51,7 +51,7 @@ class Program(NamedTuple):
     chunk: Callable[..., tuple[State, Numbers]]
     bytes_a_device: int  # XLA's own count of arguments, results and temporaries of `chunk`
     numbers: dict[str, Any]  # shapes [L, R] and types of what `chunk` records, by name
-    conclude: Callable[..., dict[str, dict[str, jax.Array]]] | None
+    conclude: Callable[..., Conclusion] | None = None
 
 
 class Traced(NamedTuple):
@@ -193,7 +193,7 @@ class Result(NamedTuple):
 
     states: State  # [L, ...], after the last round
     metrics: dict[str, np.ndarray]  # [L, T] by name
-    conclusions: dict[str, dict[str, np.ndarray]]  # [L] by row and column; of most measures none
+    conclusions: dict[Any, dict[str, np.ndarray]]  # [L] by row and column; of most measures none
 
 
 def run(

@@ -299,6 +299,16 @@ def test_a_thief_whose_model_broke_has_no_figures(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+def test_without_controls_there_is_nothing_to_compare_with(tmp_path):
+    def neither(lines: list[dict]) -> list[dict]:
+        return [one for one in lines if one["thief"] not in ("scratch", "server_alone")]
+
+    found = reported.rows(tmp_path, folder_of(tmp_path, neither), STRENGTHS)
+    names = ("scratch", "server_alone", "lambda", "over_scratch", "images_needed", "images_exact")
+    assert len(found) == 2 * 2 * (7 + 8) + 8
+    assert {row[name] for row in found for name in names} == {None}
+
+
 def test_scratch_may_know_nothing(tmp_path):
     """An accuracy of 0 is possible on few test images: T / S is then no number."""
 
@@ -358,7 +368,7 @@ def ladder(view: str, members: int, thief: str, accuracy: float) -> dict:
         "fedavg": 0.9, "server_alone": 0.7, "thief_accuracy": accuracy, "copy": 0.3,
         "thief_accuracy_best": accuracy, "scratch": 0.5, "fidelity": 0.5, "images_needed": 1.0,
         "rounds_over_cap": 0, "strength_name": "cap", "server_images": 60, "copy_bytes": 1.0,
-        "calibration_ratio": None,
+        "calibration_ratio": None, "failed": False,
     }  # fmt: skip
 
 
@@ -376,10 +386,16 @@ def test_the_best_thief_is_the_best_on_average():
     assert best["thief_best"] == pytest.approx(0.525)
     assert best["lambda"] == pytest.approx(0.025 / 0.4)
     assert best["lambda_worst"] == pytest.approx(0.1 / 0.4)
-    broken = pd.DataFrame([ladder("V1", 1, "broken", math.nan)])
-    for order in ([broken, frame], [frame, broken]):
-        [again] = reported.best_thieves(pd.concat(order)).to_dict("records")
-        assert again == best
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_thief_whose_model_broke_is_neither_the_best_nor_the_bound(first):
+    frames = [pd.DataFrame([ladder("V1", 1, thief, accuracy)])
+              for thief, accuracy in (("broken", math.nan), ("steady", 0.6))]  # fmt: skip
+    [best] = reported.best_thieves(pd.concat(frames if first else frames[::-1])).to_dict("records")
+    assert best["thief"] == "steady"
+    assert best["thief_accuracy"] == pytest.approx(0.6)
+    assert best["thief_best"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("strong", ["V1", "V2", "V3", "V4", "V5"])

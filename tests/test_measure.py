@@ -24,7 +24,7 @@ DATA = fed.federation()
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_numbers_of_a_round_by_name(cls, scheme):
     """Under any scheme; the state has one structure before and after, so that rounds are a loop."""
-    experiment, made = fed.experiment(scheme=SCHEMES[scheme]), SMALL.get(cls, cls)()
+    experiment, made = fed.experiment(scheme=SCHEMES[scheme]), (SMALL.get(cls) or cls)()
 
     def one(key):
         state = simulate.begin(key, experiment, DATA, made)
@@ -32,7 +32,7 @@ def test_numbers_of_a_round_by_name(cls, scheme):
         return state, after, numbers
 
     state, after, numbers = jax.eval_shape(one, fed.KEY)
-    assert bool(numbers) == (cls is not measure.Thieves)  # it speaks in the end
+    assert numbers
     for leaf in numbers.values():
         assert leaf.shape == ()
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)

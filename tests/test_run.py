@@ -24,7 +24,13 @@ FIELDS = {
     *("minus_accuracy", "shared_accuracy", "owner_validation_accuracy", "shipped", "feasible"),
     *("plus_validation_accuracy", "minus_validation_accuracy", "shared_validation_accuracy"),
     *("strength", "relative_strength", "calibration_tries", "calibration_evaluations"),
-    *("calibration_samples", "training_samples", "copy_bytes", "local_accuracy_mean", "local_accuracy_max"),
+    *(
+        "calibration_samples",
+        "training_samples",
+        "copy_bytes",
+        "local_accuracy_mean",
+        "local_accuracy_max",
+    ),
 }
 
 

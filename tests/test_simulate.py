@@ -141,11 +141,12 @@ def test_rounds_are_manual_steps(by_round):
         assert row["local_accuracy_mean"] == pytest.approx(np.mean(local), abs=1e-6, nan_ok=True)
         assert row["local_accuracy_max"] == pytest.approx(np.max(local), abs=1e-6, nan_ok=True)
         tries = int(issue.bill.tries)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.base))
         exact = {
             "round": t, "protected": t > 1, "calibration_tries": tries,
             "calibration_evaluations": 2 * tries, "finite": True, "seen": t, "met": True,
             "calibration_samples": 2 * fed.VALIDATION * tries,
-            "copy_bytes": 4 * parameters * bool(issue.shipped),
+            "copy_bytes": 4 * parameters * issue.shipped.item(),
             "training_samples": 2 * int(info.members.counts.sum()) * bool(issue.shipped),
             "feasible": bool(issue.feasible), "shipped": bool(issue.shipped),
         }  # fmt: skip

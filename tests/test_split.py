@@ -314,8 +314,8 @@ def test_what_a_round_asks_is_answered_as_without_the_cut(monkeypatch):
         carry = scheme.init(key, base)
         issue, _ = scheme.issue(key, jnp.int32(1), base, base, members, judge, carry)
         state = State(nothing, base, base, carry, (), ())
-        info = RoundInfo(members, issue, {}, (), nothing, jnp.bool_(True))
-        known = measure.Accuracies().init(last, data, state)
+        info = RoundInfo(members, issue, {}, (), (), nothing, jnp.bool_(True))
+        known = measure.Accuracies().init(key, last, data, state)
         return measure.Accuracies().update(last, state, state, info, (), data, known)[0], issue
 
     real, answers, cuts = split.at, [], []

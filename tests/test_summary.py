@@ -138,7 +138,7 @@ SIDE = [
     *(stolen("scratch", "V1", x, run="fedavg", which=n) for n, x in enumerate((0.3, 0.4))),
     stolen("scratch", "V3", 0.5, run="fedavg"),
     stolen("server_alone", "V0", 0.8, run="fedavg", members=0),
-    stolen("bare_copy", "V1", 0.97, run="fedavg"),
+    *(stolen("bare_copy", "V1", 0.97, run="fedavg", which=n) for n in range(4)),
 ]
 OWN = [
     stolen("owner", "V0", 0.99, members=0),
@@ -164,6 +164,9 @@ def test_the_best_thieves_are_those_of_one_copy_and_of_one_round():
         "server_alone": 0.8,
     }
     assert thieves([*SIDE, *OWN]) == wanted
+    # Controls of the run itself are tried again, if --controls=always: FedAvg's stand for both.
+    own = [stolen("scratch", "V1", 0.1), stolen("server_alone", "V0", 0.1, members=0)]
+    assert thieves([*SIDE, *OWN, *own]) == wanted
     found = summarise(both(), 0.6, 10, 6, [*SIDE, *OWN])
     assert found["thieves"] == wanted
     assert "thieves" not in summarise(both(), 0.6, 10, 6)

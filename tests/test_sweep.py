@@ -107,7 +107,7 @@ def assert_same(ours: Any, theirs: Any, name: str = "", **close: Any) -> None:
 
 def lane_of(result: Any, lane: int) -> Any:
     """(state, numbers) of one lane."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[lane], tuple(result))
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[lane], tuple(result)[:2])
 
 
 def inputs(on: Any) -> tuple[Any, ...]:

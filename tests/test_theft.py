@@ -68,7 +68,7 @@ def rounds(experiment: Any, made: Any, number: int = ROUNDS) -> list[Any]:
     state, states = begun(experiment, made), []
     for _ in range(number):
         state, numbers = step(state)
-        assert numbers == {}
+        assert set(numbers) == {"round"}
         states.append(state)
     return states
 
@@ -908,7 +908,7 @@ class Light(measure.Standard):
 
 
 SILENT = Light()
-KEPT = Light(thieves=Thieves(attacks="bare_copy", more_attacks=FEW[1:], until=3, kept_copies=2))
+KEPT = Light(thieves=Thieves(attacks="bare_copy", more_attacks=FEW[1:2], until=3, kept_copies=2))
 RUN = fed.experiment(scheme=SCHEMES["pair"]).replace(local=Moved())
 
 

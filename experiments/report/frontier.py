@@ -136,7 +136,7 @@ def of_run(
             "scratch": alone, "copy": bare.get(row["which"]), "fidelity": row["fidelity"],
             "lambda": None if None in (alone, accuracy) or not owner > alone
             else round((accuracy - alone) / (owner - alone), 6),
-            "over_scratch": None if None in (alone, accuracy) else round(accuracy / alone, 6),
+            "over_scratch": round(accuracy / alone, 6) if alone and accuracy is not None else None,
             "images_needed": images, "images_exact": exact,
             "cap": summary["cap"], "highest_copy": summary["shared_accuracy_max_test"],
             "rounds_over_cap": summary["rounds_over_cap_test"],
@@ -158,36 +158,36 @@ def needed(accuracy: float | None, curve: Sequence[tuple[int, float]]) -> tuple[
 
 def best_thieves(frame: Frame) -> Frame:
     """For each scheme, strength, setting and view the best thief over seeds, of those that the view
-    allows, by its mean over single thieves of the same kind; T, S, O and λ of it."""
+    allows, by its mean over single thieves of the same kind; T, S, O and λ of it. A figure of which
+    some seed has none, since its model broke, is NaN."""
     found = []
     keys = ["scheme", "strength", *SETTING]
     for of, group in frame.groupby(keys, sort=False, dropna=False):
         for (view, members), _ in group.groupby(VIEW, sort=True):
             allowed = group[group["view"].isin(INSIDE[view]) & group["members"].isin({1, members})]
             ranked = []
-            for (thief, within, size), tried in allowed.groupby(["thief", *VIEW], sort=False):
-                of_seed = tried.groupby("seed")[["thief_accuracy", "thief_accuracy_best"]]
-                ranked.append((of_seed.mean().mean(), thief, within, size, tried))
-            _, thief, _, _, tried = max(ranked, key=lambda x: _key(x[0].iloc[0]))
+            for (thief, *_), tried in allowed.groupby(["thief", *VIEW], sort=False):
+                both = _of_seeds(tried, ["thief_accuracy", "thief_accuracy_best"])
+                ranked.append((*map(np.mean, both.to_numpy().T), thief, tried))
+            _, _, thief, tried = max(ranked, key=lambda x: _key(x[0]))
             own = group[(group["view"] == view) & (group["members"] == members)]
-            scratch = own.groupby("seed")["scratch"].mean()
-            per = tried.groupby("seed")[["thief_accuracy", "owner", "fedavg", "server_alone"]]
-            of_seed = per.mean().assign(
-                scratch=scratch, worst=tried.groupby("seed")["thief_accuracy"].max()
+            of_seed = _of_seeds(tried, ["thief_accuracy", "owner", "fedavg", "server_alone"])
+            of_seed = of_seed.assign(
+                scratch=_of_seeds(own, ["scratch"])["scratch"],
+                worst=tried.groupby("seed")["thief_accuracy"].max(),
             )
+            means = {name: np.mean(column) for name, column in of_seed.to_dict("list").items()}
+            copies = group.drop_duplicates(["seed", "which"])
             stolen = protection.share_stolen(
                 of_seed["owner"], of_seed["thief_accuracy"], of_seed["scratch"]
             )
             worst = protection.share_stolen(of_seed["owner"], of_seed["worst"], of_seed["scratch"])
             found.append({
                 **dict(zip(keys, of, strict=True)), "view": view, "members": members,
-                "thief": thief, "seeds": len(of_seed), "owner": of_seed["owner"].mean(),
-                "fedavg": of_seed["fedavg"].mean(), "server_alone": of_seed["server_alone"].mean(),
-                "scratch": of_seed["scratch"].mean(), "scratch_low": of_seed["scratch"].min(),
-                "scratch_high": of_seed["scratch"].max(),
-                "copy": group.groupby("seed")["copy"].mean().mean(),
-                "thief_accuracy": of_seed["thief_accuracy"].mean(),
-                "thief_best": max(x[0].iloc[1] for x in ranked),
+                "thief": thief, "seeds": len(of_seed), **means,
+                "scratch_low": of_seed["scratch"].min(), "scratch_high": of_seed["scratch"].max(),
+                "copy": np.mean(_of_seeds(copies, ["copy"])["copy"]),
+                "thief_best": max((x[1] for x in ranked), key=_key),
                 "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high,
                 "lambda_worst": worst.value, "fidelity": tried["fidelity"].mean(),
                 "over_scratch": protection.over_scratch(
@@ -199,8 +199,14 @@ def best_thieves(frame: Frame) -> Frame:
                     for name in ("copy_bytes", "calibration_ratio")
                 },
                 "rounds_over_cap": group.groupby("seed")["rounds_over_cap"].first().sum(),
+                "failed": int(group.groupby("seed")["failed"].first().sum()),
             })  # fmt: skip
     return pd.DataFrame(found)
+
+
+def _of_seeds(rows: Frame, names: list[str]) -> Frame:
+    """Means of each seed's rows; NaN if one of them is."""
+    return rows.groupby("seed")[names].agg(lambda column: np.mean(column.to_numpy(float)))
 
 
 def _key(accuracy: float) -> float:
@@ -236,7 +242,9 @@ def _by_view(group: Frame) -> list[str]:
     lines = [_line(heads), _line(["---"] * len(heads))]
     for (scheme, strength), some in group.groupby(["scheme", "strength"], sort=False, dropna=False):
         first = some.iloc[0]
-        cells = [scheme, _shown(strength), _percent(first["owner"]), _percent(first["copy"])]
+        broke = f" ({first['failed']} of {first['seeds']} broke down)" if first["failed"] else ""
+        cells = [scheme, _shown(strength), _percent(first["owner"]) + broke]
+        cells.append(_percent(first["copy"]))
         cells += [_number(first["copy_bytes"], 1e-3, 0), _number(first["calibration_ratio"], 1, 2)]
         for view, members in views:
             of = some[(some["view"] == view) & (some["members"] == members)]
@@ -270,7 +278,7 @@ def _by_thief(frame: Frame) -> list[str]:
                 else (some["strength"] == middle[scheme])
             )
             of = some[(some["scheme"] == scheme) & same]
-            seeds = of.groupby("seed")[["owner", "thief_accuracy", "scratch"]].mean()
+            seeds = _of_seeds(of, ["owner", "thief_accuracy", "scratch"])
             stolen = protection.share_stolen(*(seeds[name] for name in seeds)) if len(of) else None
             cells.append("" if stolen is None else _ratio({
                 "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high

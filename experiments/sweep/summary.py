@@ -102,7 +102,8 @@ def thieves(stolen: Sequence[Row]) -> Row:
     sizes = sorted({row["members"] for row in own if row["view"] == "V3"})
     scratch: dict[str, list[float]] = {}
     for row in stolen:
-        if row["thief"] == "scratch" and row["run"] == stolen[0]["run"]:
+        known = row["thief"] == "scratch" and row["accuracy"] is not None
+        if known and row["run"] == stolen[0]["run"]:
             scratch.setdefault(str(row["members"]), []).append(row["accuracy"])
     alone = [row["accuracy"] for row in stolen if row["thief"] == "server_alone"]
     return {

@@ -125,13 +125,14 @@ class Thieves(Following):
         self, experiment: Experiment, before: State, after: State, info: RoundInfo,
         observed: Any, data: Federation, carry: Any,
     ) -> tuple[Numbers, Any]:  # fmt: skip
-        """No numbers of the round: who was there is remembered."""
+        """No numbers but the round's own: who was there is remembered."""
         scheme, model, issue = experiment.scheme, experiment.functions, info.issue
         places = self.places(info.members, carry)
         there = jnp.zeros(self.followers, bool).at[places].set(True, mode="drop") & issue.shipped
         clients = carry.clients
         if self.until is None:
-            clients = clients.at[places].set(info.members.clients, mode="drop")
+            newest = clients.at[places].set(info.members.clients, mode="drop")
+            clients = jnp.where(issue.shipped, newest, clients)
         copies, returned = info.followed
 
         def spread(copy: Params) -> dict[Any, jax.Array]:
@@ -140,7 +141,9 @@ class Thieves(Following):
 
         known = jax.vmap(spread)(copies)
         seen = carry.replace(clients=clients)
-        return {}, seen.plus(there, after.round, copies, returned, known, issue.protected)
+        return {"round": after.round}, seen.plus(
+            there, after.round, copies, returned, known, issue.protected
+        )
 
     @property
     def concludes(self) -> bool:
