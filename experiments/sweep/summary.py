@@ -102,9 +102,9 @@ def thieves(stolen: Sequence[Row]) -> Row:
     sizes = sorted({row["members"] for row in own if row["view"] == "V3"})
     scratch: dict[str, list[float]] = {}
     for row in stolen:
-        known = row["thief"] == "scratch" and row["accuracy"] is not None
-        if known and row["run"] == stolen[0]["run"]:
-            scratch.setdefault(str(row["members"]), []).append(row["accuracy"])
+        accuracy = row["accuracy"] if row["thief"] == "scratch" else None
+        if accuracy is not None and row["run"] == stolen[0]["run"]:
+            scratch.setdefault(str(row["members"]), []).append(accuracy)
     alone = [row["accuracy"] for row in stolen if row["thief"] == "server_alone"]
     return {
         "one_copy": best(lambda row: row["view"] == "V1"),
