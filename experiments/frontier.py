@@ -92,7 +92,7 @@ QUICK = {
     "attacks": "bare_copy+scratch+fine_tune+ridge+average+average_then_tune",
     "singles": 1,
     "coalitions": "2",
-    "copies": 2,
+    "copies": 1,
 }
 HELP = {
     "schemes": "curves",

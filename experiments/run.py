@@ -154,7 +154,8 @@ def report(command: CommandLine, runs: int) -> int:
         return 0
     summary = json.loads((Path(out) / "summary.json").read_text())
     console.print(table(summary, command.driver.seed, out))
-    files = "config.json, metrics.jsonl, summary.json, figure1.png"
+    stolen = "thieves.jsonl, " if "thieves" in summary else ""
+    files = f"config.json, metrics.jsonl, {stolen}summary.json, figure1.png"
     console.print(f"{out} holds {files}", soft_wrap=True)
     if failed := summary["failed"] or summary.get("baseline_failed"):
         complain(failed["cause"])
