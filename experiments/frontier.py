@@ -9,13 +9,13 @@ runs. What is no flag of its own is one of the driver's: --cpu_devices=2, --dry_
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments import run
@@ -131,8 +131,6 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         complain(str(error))
         return 2
-    except jax.errors.JaxRuntimeError:
-        raise
     except KeyboardInterrupt:
         complain(f"interrupted; {again}")
         return 130
@@ -156,7 +154,10 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     try:
         rest = values(argv, known_only=True)[1:]
     except flags.Error as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        wrong = re.match(r"flag --(\w+)=(.*?): invalid literal", str(error))
+        if wrong is None:
+            raise ValueError(" ".join(str(error).split())) from None
+        raise refuse(wrong[1], wrong[2], "must be a whole number") from None
     if values["help"].value:
         print(f"{__doc__}\n{values.get_help()}\nThe driver's: python -m experiments.run --help")
         return None, rest
@@ -171,7 +172,11 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     if not 1 <= found["strengths"] <= 3:
         raise refuse("strengths", found["strengths"], "must be 1 to 3")
     if values["json"].value:
-        Path(values["json"].value).touch()
+        try:
+            Path(values["json"].value).touch()
+        except OSError as error:
+            allowed = f"cannot be written ({error.strerror})"
+            raise refuse("json", values["json"].value, allowed) from None
     for name in ("schemes", "partitions", *NUMBERS):
         if not found[name]:
             raise refuse(name, "", "must name at least one")

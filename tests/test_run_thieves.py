@@ -107,6 +107,11 @@ def test_views_of_many_rounds_know_the_last(tiny, tmp_path, capsys):
     [
         ("--attacks=bare", "attacks='bare': must be one of few, all, "),
         ("--coalitions=1", "coalitions='1': must be whole numbers of at least 2"),
+        (
+            "--coalitions=2+5000",
+            "coalitions='2+5000': must be whole numbers of at least 2 and at most",
+        ),
+        ("--singles=5000", "singles=5000: must be a whole number, at least 1 and at most 1000"),
         ("--singles=0", "singles=0: must be a whole number, at least 1"),
     ],
 )

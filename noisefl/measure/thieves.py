@@ -18,6 +18,8 @@ from noisefl.round import RoundInfo, State
 
 FEW = ("bare_copy", "scratch", "fine_tune", "ridge", "average")  # that are cheap and tell much
 
+MOST = 1000  # thieves followed: the views of all of them are kept, also where a round has fewer
+
 
 @part
 class Thieves(Following):
@@ -37,7 +39,7 @@ class Thieves(Following):
 
     attacks: str = text("few", "what thieves try: few, all, or names joined by +")
     more_attacks: tuple[Attack, ...] = children((), "attacks beside them, with numbers of your own")
-    singles: int = size(1, "single thieves", unit="clients")
+    singles: int = size(1, "single thieves", unit="clients", high=MOST)
     coalitions: str = text(
         "2", "members of each coalition, joined by +; those larger than a round are left out"
     )
@@ -85,8 +87,10 @@ class Thieves(Following):
     def sizes(self) -> tuple[int, ...]:
         """Members of each coalition."""
         words = [word.strip() for word in self.coalitions.split("+") if word.strip()]
-        if not all(word.isdecimal() and 2 <= int(word) < 2**31 for word in words):
-            allowed = "must be whole numbers of at least 2, joined by +, or empty"
+        if not all(word.isdecimal() and 2 <= int(word) <= MOST for word in words):
+            allowed = (
+                f"must be whole numbers of at least 2 and at most {MOST}, joined by +, or empty"
+            )
             raise refuse("coalitions", self.coalitions, allowed)
         return tuple(sorted(set(map(int, words))))
 
