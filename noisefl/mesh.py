@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -126,7 +127,14 @@ def memory_a_device(on: Mesh) -> int:
 
 
 def everyones(tree: Any) -> Any:
-    """NumPy arrays [L, ...] of arrays over lanes, those of other processes included."""
+    """NumPy arrays [L, ...] of arrays over lanes, those of other processes included; of keys, their
+    data."""
+
+    def plain(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    tree = jax.tree.map(plain, tree)
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)

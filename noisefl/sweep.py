@@ -6,7 +6,7 @@ sums.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -41,17 +41,14 @@ class Program(NamedTuple):
     roots, uint32 [L, 2]; states are donated; a lane whose last_rounds int32 [L] is behind it is not
     run.
 
-    `conclude(seeds, states, data, experiments)`, of a measure that concludes: what it says after
-    the last round, arrays [L] by row and column. It is compiled when it is first called: in the
-    midst of a run nobody needs it, and the programs of most schemes are the same one to JAX's
-    compilation cache.
+    `conclude(seeds, states, data, experiments)`, of a measure that concludes: `last_words`.
     """
 
     init: Callable[..., State]
     chunk: Callable[..., tuple[State, Numbers]]
     bytes_a_device: int  # XLA's own count of arguments, results and temporaries of `chunk`
     numbers: dict[str, Any]  # shapes [L, R] and types of what `chunk` records, by name
-    conclude: Callable[..., Conclusion] | None = None
+    conclude: Callable[..., Iterator[Conclusion]] | None = None
 
 
 class Traced(NamedTuple):
@@ -59,7 +56,7 @@ class Traced(NamedTuple):
 
     init: Any  # jax.stages.Traced
     chunk: Any
-    conclude: Callable[[], Any] | None  # traces it: that too takes seconds, of many thieves
+    conclude: Callable[..., Iterator[Conclusion]] | None
 
     def compile(self) -> Program:
         """By XLA, both functions at a time: it leaves most of a second core idle."""
@@ -67,21 +64,7 @@ class Traced(NamedTuple):
         with ThreadPoolExecutor(1) as beside:
             init = beside.submit(self.init.lower().compile)
             chunk = lowered.compile()
-        return Program(init.result(), chunk, _bytes(chunk), lowered.out_info[1], self.last())
-
-    def last(self) -> Any:
-        """`Program.conclude`."""
-        if self.conclude is None:
-            return None
-        compiled = functools.cache(lambda trace=self.conclude: trace().lower().compile())
-
-        def conclude(
-            seeds: jax.Array, states: State, data: Federation, experiments: Experiment
-        ) -> Any:
-            untold = experiments.replace(scheme=Bare())
-            return compiled()(seeds, states.owner, states.measured, data, untold)
-
-        return conclude
+        return Program(init.result(), chunk, _bytes(chunk), lowered.out_info[1], self.conclude)
 
 
 def trace(
@@ -141,15 +124,6 @@ def trace(
     # Nothing here is differentiated through, and every result is made equal over the clients' axis.
     spread = functools.partial(jax.shard_map, mesh=on, check_vma=False)
 
-    def conclude(seeds, owners, carries, data, experiments):
-        def lane(x: Any) -> Any:
-            seed, owner, carry, own, experiment = x
-            key = jax.random.wrap_key_data(seed)
-            whole, told = own.replace(images=data.images), experiment.resolved()
-            return kept.conclude(key, told, whole, owner, carry)
-
-        return lax.map(lane, (seeds, owners, carries, data.replace(images=()), experiments))
-
     def shapes(tree: Any) -> Any:
         return layout.shapes(tree, lanes, on)
 
@@ -160,14 +134,64 @@ def trace(
     in_specs = (over, over, of_data, over, over)
     program = jax.jit(spread(chunk, in_specs=in_specs, out_specs=over), donate_argnums=1)
     states = shapes(begun.out_info)
-    traced, ended = program.trace(seeds, states, data, numbers, last), None
-    if kept.concludes:
-        untold = shapes(experiments.replace(scheme=Bare()))
-        in_specs = (over, over, over, of_data, over)
-        last_words = jax.jit(spread(conclude, in_specs=in_specs, out_specs=over))
-        given = seeds, states.owner, states.measured, data, untold
-        ended = functools.partial(last_words.trace, *given)
-    return Traced(begun, traced, ended)
+    traced = program.trace(seeds, states, data, numbers, last)
+    last = functools.partial(last_words, kept, on) if kept.concludes else None
+    return Traced(begun, traced, last)
+
+
+def last_words(
+    measure: Measure, on: Mesh, seeds: jax.Array, states: State, data: Federation,
+    experiments: Experiment,
+) -> Iterator[Conclusion]:  # fmt: skip
+    """What a measure says after the last round, of one lane of each device after the other.
+
+    The program is one for all numbers of lanes and all schemes, of which it is told nothing, so
+    that a sweep compiles it once, and not before somebody asks.
+
+    Yields:
+      NumPy arrays [D] by row and column, for `in_order`.
+    """
+    untold, images = experiments.replace(scheme=Bare()), data.images
+    given = seeds, states.owner, states.measured, data.replace(images=()), untold  # pyright: ignore
+    for place in range(seeds.shape[0] // on.shape[mesh.LANES]):
+        some = _of_each_device(given, np.int32(place), on)
+        yield mesh.everyones(_last_words_of_one(measure, *some, images, on))
+
+
+def in_order(found: Sequence[Conclusion]) -> Conclusion:
+    """All of `last_words`: arrays [L] by row and column. Lanes go device by device."""
+    return jax.tree.map(lambda *each: np.stack(each, axis=1).reshape(-1), *found)
+
+
+@functools.partial(jax.jit, static_argnames="on")
+def _of_each_device(tree: Any, place: Any, on: Mesh) -> Any:
+    """[D, ...] of arrays [L, ...]: one lane of each device."""
+    over = PartitionSpec(mesh.LANES)
+
+    def one(tree: Any, place: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, place, 1), tree)
+
+    specs = {"in_specs": (over, PartitionSpec()), "out_specs": over}
+    return jax.shard_map(one, mesh=on, check_vma=False, **specs)(tree, place)
+
+
+@functools.partial(jax.jit, static_argnames="on")
+def _last_words_of_one(measure, seeds, owners, carries, data, experiments, images, on: Mesh) -> Any:
+    """[D] by row and column, of one lane a device."""
+    over, same = PartitionSpec(mesh.LANES), PartitionSpec()
+
+    def lane(measure, images, lanes: Any) -> Any:
+        seed, owner, carry, own, experiment = jax.tree.map(lambda leaf: leaf[0], lanes)
+        key = jax.random.wrap_key_data(seed)
+        found = measure.conclude(
+            key, experiment.resolved(), own.replace(images=images), owner, carry
+        )
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
+    spread = jax.shard_map(
+        lane, mesh=on, in_specs=(same, same, over), out_specs=over, check_vma=False
+    )
+    return spread(measure, images, (seeds, owners, carries, data, experiments))
 
 
 def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[int, Program]:
@@ -191,7 +215,7 @@ def fitting(compile: Callable[[int], Program], lanes: int, on: Mesh) -> tuple[in
 class Result(NamedTuple):
     """What became of L lanes: NumPy arrays."""
 
-    states: State  # [L, ...], after the last round
+    states: State  # [L, ...], after the last round; keys as their data
     metrics: dict[str, np.ndarray]  # [L, T] by name
     conclusions: dict[Any, dict[str, np.ndarray]]  # [L] by row and column; of most measures none
 
@@ -288,8 +312,9 @@ def _run_batch(program, on, seeds, data, experiments, last_rounds, rounds: int) 
         chunks.append(mesh.everyones(numbers))
         done += next(iter(numbers.values())).shape[1]
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :rounds], *chunks)
-    said = program.conclude(seeds, states, data, experiments) if program.conclude else {}
-    return Result(mesh.everyones(states), joined, mesh.everyones(said))
+    last = program.conclude
+    said = in_order(list(last(seeds, states, data, experiments))) if last else {}
+    return Result(mesh.everyones(states), joined, said)
 
 
 def _bytes(compiled: Any) -> int:

@@ -986,6 +986,24 @@ def test_lanes_say_what_single_runs_say(single):
                 assert columns["tried"] == (of_fedavg == fedavg)
 
 
+def test_one_program_has_the_last_word_of_all_schemes_and_numbers_of_lanes():
+    """It is told neither."""
+    before = sweep._last_words_of_one._cache_size()
+    kept = Light(thieves=Thieves(attacks="bare_copy", until=1))
+    for scheme in (*SCHEMES.values(), schemes.Withheld()):
+        some = [RUN.replace(scheme=scheme)] * (3 if scheme is SCHEMES["pair"] else 1)
+        roots = jnp.stack([keys.root(seed) for seed, _ in enumerate(some)])
+        said = sweep.run(some, roots, [DATA] * len(some), rounds=1, measure=kept).conclusions
+        assert {columns["accuracy"].shape for columns in said.values()} == {(len(some),)}
+    assert sweep._last_words_of_one._cache_size() == before + 1
+
+
+def test_lanes_go_device_by_device():
+    """Six lanes on two devices: each had its first, then its second, then its third."""
+    found = [{"row": {"lane": np.array([place, 3 + place])}} for place in range(3)]
+    assert sweep.in_order(found)["row"]["lane"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.slow
 def test_a_run_that_grows_has_the_thieves_of_its_last_round(tmp_path_factory, tmp_path, capsys):
     """More --rounds for a run that is done: as if they had been asked for at once, or refused."""

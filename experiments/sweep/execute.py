@@ -23,7 +23,7 @@ from experiments.sweep.summary import summarise
 from noisefl import mesh, simulate
 from noisefl.errors import refuse
 from noisefl.record import Checkpoints, plain
-from noisefl.sweep import TooLarge
+from noisefl.sweep import TooLarge, in_order
 
 Columns = dict[str, np.ndarray]  # [L, t] by name; "round" is 0 where there was none
 
@@ -197,10 +197,12 @@ def run_batch(sweep: Sweep, lanes: Lanes, batch: Batch, compiled: Compiled) -> N
                 follow(sweep, lanes, batch, columns, began)
     begin_last, said = time.perf_counter(), {}
     if program.conclude is not None:
-        sweep.progress.concluding()
-        said = mesh.everyones(
-            program.conclude(inputs.seeds, states, inputs.data, inputs.experiments)
-        )
+        sweep.progress.concluding(0, width)
+        found = []
+        for some in program.conclude(inputs.seeds, states, inputs.data, inputs.experiments):
+            found.append(some)
+            sweep.progress.concluding(len(found) * on.shape[mesh.LANES], width)
+        said = in_order(found)
     if hosts.first():
         timing = {
             "seconds": round((time.perf_counter() - begin) / len(runs), 4),

@@ -109,10 +109,11 @@ class Progress:
         line = values(number, self._rounds, kinds, columns)
         self._show(line if self._runs <= 2 else f"{self._done}/{self._runs} runs done; {line}")
 
-    def concluding(self) -> None:
-        """The rounds of the batch are done, and its measures look back."""
-        what = f"round {self._rounds}/{self._rounds}; thieves at work on what they have seen"
-        self._show(what, now=True)
+    def concluding(self, lanes: int, width: int) -> None:
+        """The rounds of the batch are done, and its measures look back: thieves of so many of its
+        lanes are through."""
+        at = "at work on what they have seen" if width <= 2 else f"of {lanes}/{width} lanes done"
+        self._show(f"round {self._rounds}/{self._rounds}; thieves {at}", now=True)
 
     def finished(self, runs: int) -> None:
         """The batch's runs are on disk."""
