@@ -114,13 +114,13 @@ def check() -> dict[str, type]:
     return {name: known[name] for name in chosen}
 
 
-def pair_of(rule: type) -> schemes.Pair:
+def pair_of(rule: type) -> schemes.Noised:
     """The scheme with that calibrator: its defaults, but for SETTINGS."""
     own = {name: value for name, value in SETTINGS.items() if name in parts.specs(rule)}
-    return schemes.Pair(on=noise.layers(_LAYERS.value, relative=True), calibrator=rule(**own))
+    return schemes.Noised(on=noise.layers(_LAYERS.value, relative=True), calibrator=rule(**own))
 
 
-def experiment_of(pair: schemes.Pair) -> Experiment:
+def experiment_of(pair: schemes.Noised) -> Experiment:
     return Experiment(models.by_name(_MODEL.value, 10), scheme=schemes.Warmup(pair)).resolved()
 
 

@@ -45,11 +45,11 @@ class Curve:
 
 LAST = {"noise_layers": "last", "noise_scale": "relative"}
 ALL = {"noise_layers": "all", "noise_scale": "relative"}
-OWN = {"scheme": "own_noise", **LAST}
+OWN = {"scheme": "noised", "signs": "same", "cancellation": "subtract", **LAST}
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
-    "pair": Curve({"scheme": "pair", **LAST}),
-    "pair-all": Curve({"scheme": "pair", **ALL}),
+    "pair": Curve({"scheme": "noised", "own": "no", **LAST}),
+    "pair-all": Curve({"scheme": "noised", "own": "no", **ALL}),
     "own-fresh": Curve({**OWN, "own": "fresh", "common": "0"}),
     "own-sticky": Curve({**OWN, "own": "sticky", "common": "0"}),
     "two-way": Curve({**OWN, "own": "sticky", "common": "0.5"}),

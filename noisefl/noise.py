@@ -151,18 +151,20 @@ class Where(Part):
             scales = {path: s / jnp.sqrt(1 + jnp.square(strength)) for path, s in scales.items()}
         return {path: strength * scale for path, scale in scales.items()}
 
-    def relative_strength(
-        self, params: Params, paths: tuple[Path, ...], strength: jax.Array
-    ) -> jax.Array:
+    def relative_strength(self, params: Params, deviations: dict[Path, jax.Array]) -> jax.Array:
         """r = (RMS of ξ) / (RMS of the noised parameters), float32 []; over one layer r = σ / RMS.
 
         0 without noise, also where the parameters are all 0.
+
+        Args:
+          params: W.
+          deviations: σ of each noised path.
         """
-        flat, scales = _flat(params), self.unit_scale(params, paths)
-        size = sum(flat[path].size for path in paths)
-        spread = sum(flat[path].size * jnp.square(scales[path]) for path in paths)
-        ratio = strength * jnp.sqrt(spread / size) / _rms([flat[path] for path in paths])
-        return jnp.where(strength > 0, ratio, 0)
+        flat = _flat(params)
+        size = sum(flat[path].size for path in deviations)
+        squares = sum(flat[path].size * jnp.square(sd) for path, sd in deviations.items())
+        ratio = jnp.sqrt(squares / size) / _rms([flat[path] for path in deviations])
+        return jnp.where(squares > 0, ratio, 0)
 
 
 def layers(which: str, relative: bool = False) -> Where:

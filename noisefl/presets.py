@@ -20,7 +20,7 @@ def literal() -> Experiment:
         cohort=Cohort(clients_per_round=10, groups="half"),
         local=Training(SGD(learning_rate=0.1), local_epochs=1, batch_size=10),
         scheme=schemes.Warmup(
-            schemes.Pair(calibrator=rule, on=noise.layers("first"), cancellation="pair"),
+            schemes.Noised(calibrator=rule, on=noise.layers("first"), cancellation="pair"),
             warmup_rounds=1,
         ),
         owner=owner.ServerClients("m/2", "borrowed"),
@@ -39,7 +39,7 @@ def quickstart() -> Experiment:
         cohort=Cohort(clients_per_round=10),
         local=Training(SGD(learning_rate=0.1), local_epochs=1, batch_size=10),
         scheme=schemes.Warmup(
-            schemes.Pair(
+            schemes.Noised(
                 calibrator=calibrate.Predictive(cap=0.6), on=noise.layers("last", relative=True)
             ),
             warmup_rounds=1,

@@ -158,7 +158,7 @@ def last_words(
         yield mesh.everyones(_last_words_of_one(measure, *some, images, on))
 
 
-def in_order(found: Sequence[Conclusion]) -> Conclusion:
+def in_order(found: Sequence[Conclusion]) -> Any:
     """All of `last_words`: arrays [L] by row and column. Lanes go device by device."""
     return jax.tree.map(lambda *each: np.stack(each, axis=1).reshape(-1), *found)
 

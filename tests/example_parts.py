@@ -1,10 +1,11 @@
 """Parts as users write them, for the contracts: those of docs/extending.md, and what none of them
 needs: a scheme with masks and a sticky key, noise that stays in, a thief with two copies."""
 
+import dataclasses
 import re
 import types
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,34 @@ def load(name: str) -> types.ModuleType:
 
 
 Stretched = load("stretched.py").Stretched
-OwnNoise = schemes.OwnNoise  # the package's, for tests that want any scheme of a copy a client
+OwnNoise = schemes.own_noise  # the package's, for tests that want any scheme of a copy a client
 Median = load("median.py").Median
 Signs = load("signs.py").Signs
 Patient = load("patient.py").Patient
 Distance = load("distance.py").Distance
+
+
+def corner(name: str, **defaults: Any) -> type[schemes.Noised]:
+    """`schemes.Noised` with other defaults, for a contract that makes a class without arguments."""
+    specs = {field.name: field for field in dataclasses.fields(schemes.Noised)}
+    body: dict[str, Any] = {"__doc__": f"{name} noise.", "__annotations__": {}, "abstract": True}
+    for field, value in defaults.items():
+        body[field] = dataclasses.field(default=value, metadata=specs[field].metadata)
+        body["__annotations__"][field] = specs[field].type
+    body["__annotations__"]["abstract"] = ClassVar[bool]
+    return part(type(name, (schemes.Noised,), {**body, "__module__": __name__}))
+
+
+TAKEN_OUT = {"signs": "same", "cancellation": "subtract"}
+CORNERS = [
+    corner("SameForAll", signs="same"),
+    corner("TwoPairs", common_draws=2),
+    corner("OwnFresh", own="fresh", common=0.0, **TAKEN_OUT),
+    corner("OwnFreshLeftIn", own="fresh", common_draws=2),
+    corner("OwnSticky", own="sticky", common=0.0, **TAKEN_OUT),
+    corner("TwoWay", own="sticky", **TAKEN_OUT),
+    corner("TwoWayAgainstTwo", own="sticky", coalition=2.0, coalition_rounds=3.0, **TAKEN_OUT),
+]
 
 
 @part

@@ -70,7 +70,7 @@ TINY = Experiment(
     model=(initial, forward),
     cohort=noisefl.Cohort(clients_per_round=4),
     local=Training(SGD(learning_rate=0.125), batch_size=4),
-    scheme=schemes.Warmup(schemes.Pair(calibrator=LOOP)),
+    scheme=schemes.Warmup(schemes.Noised(calibrator=LOOP)),
 )
 # Fields that together have every number which may be absent.
 RICH: dict[str, Any] = dict(

@@ -40,7 +40,7 @@ def experiment(
 ) -> noisefl.Experiment:
     """m = 3 clients, no multiple of the devices that may share them; numbers of the rule differ."""
     tiny = {"cap": 0.55, "strength": 0.4, "strength_step": 0.4, "strength_max": 6.0, "max_tries": 9}
-    pair = schemes.Pair(
+    pair = schemes.Noised(
         on=noise.layers("first", relative=True), calibrator=calibrate.Additive(**{**tiny, **rule})
     )
     return noisefl.Experiment(

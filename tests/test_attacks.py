@@ -161,8 +161,8 @@ def test_no_secret_of_the_round_is_in_a_view():
     before = fed.start(experiment)
     _, info = fed.step(fed.KEY, before, DATA, experiment)
     secret, thief = info.issue.secret, measure.Thief(attack=Recording(), test_images=0)
-    xi = noise.Where().scaled(before.base, secret.draw, secret.strength)
-    hidden = [np.asarray(leaf) for leaf in (*secret.draw.values(), *xi.values())]
+    xi = noise.Where().scaled(before.base, secret.draw.common[0], secret.strength)
+    hidden = [np.asarray(leaf) for leaf in (*secret.draw.common[0].values(), *xi.values())]
 
     @jax.jit
     def observe(copy, returned):

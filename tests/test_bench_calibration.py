@@ -18,6 +18,7 @@ from experiments import bench_calibration
 from experiments.bench import figures, judge
 from noisefl import Experiment, calibrate, models, noise, parts, schemes
 from noisefl.data import Federation, Images
+from noisefl.schemes.noised import Drawn
 
 VOUCHED = calibrate.Predictive.guarantee
 
@@ -94,16 +95,17 @@ def test_the_judge_judges_the_copies():
     """By the model itself, on all test images: one copy is much better than the other."""
     model, rng = models.by_name("mlp", 10), np.random.default_rng(0)
     images = rng.integers(0, 256, (500, 6, 6, 1), np.uint8)
-    pair = schemes.Pair(on=noise.layers("last", relative=True))
+    pair = schemes.Noised(on=noise.layers("last", relative=True))
     experiment = Experiment(model, scheme=pair).resolved()
     base = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))["params"]
-    draw = pair.on.draw(jax.random.key(1), base, pair.touched(experiment.functions, (6, 6, 1)))
+    unit = pair.on.draw(jax.random.key(1), base, pair.touched(experiment.functions, (6, 6, 1)))
+    draw = Drawn((unit,), {})
 
     def guess(params):
         return np.asarray(model.apply({"params": params}, images / np.float32(255))).argmax(axis=1)
 
     def copy(strength: float):
-        return noise.apply(base, pair.on.scaled(base, draw, jnp.float32(strength)), 1)
+        return noise.apply(base, pair.on.scaled(base, draw.common[0], jnp.float32(strength)), 1)
 
     labels = np.where(rng.random(500) < 0.7, guess(copy(2.0)), guess(copy(-2.0)))
     some = jnp.asarray(images[:9]), jnp.asarray(labels[:9], jnp.int32)

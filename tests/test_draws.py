@@ -18,7 +18,7 @@ from noisefl import calibrate, keys, noise, schemes
 from noisefl.cohort import Cohort
 from noisefl.experiment import Experiment
 
-PAIR = schemes.Pair(calibrator=calibrate.Unverified(), on=noise.layers("all"))
+PAIR = schemes.Noised(calibrator=calibrate.Unverified(), on=noise.layers("all"))
 TINY = fed.TINY.replace(scheme=schemes.Warmup(PAIR, warmup_rounds=0))
 
 
@@ -28,7 +28,7 @@ def drawn(root, rounds, state, data, experiment):
 
     def one(t):
         _, info = noisefl.step(root, state.replace(round=t), data, experiment)
-        return info.members.clients, info.told["server_counts"], info.issue.secret.draw
+        return info.members.clients, info.told["server_counts"], info.issue.secret.draw.common[0]
 
     return jax.vmap(one)(rounds)
 

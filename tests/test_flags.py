@@ -230,7 +230,7 @@ def test_another_class_keeps_what_was_set_and_has_its_own_defaults_elsewhere():
     assert (rule.cap, rule.step) == (np.float32(0.4), np.float32(1.1))  # predictive's is 1.07
     of_literal = setup("--flagfile=literal", "--calibrator=geometric")
     assert held(of_literal, "strength") == [1]  # additive's, 0, would be refused
-    same_class = setup("--calibrator=predictive", "--scheme=pair").experiment
+    same_class = setup("--calibrator=predictive", "--scheme=noised").experiment
     assert same(same_class, presets.quickstart())
 
 
@@ -260,11 +260,11 @@ def test_a_part_is_changed_where_it_is_wrapped():
         ("--owner=keep_best", "keep_best+server_clients"),
         ("--owner=feeds_back+keep_best", "feeds_back+keep_best+server_clients"),
         ("--owner=feeds_back+server_clients", "feeds_back+server_clients"),
-        ("--scheme=warmup", "warmup+pair"),  # it is there
-        ("--scheme=skip_infeasible", "skip_infeasible+warmup+pair"),
-        ("--scheme=until_cap+warmup", "until_cap+warmup+pair"),
-        ("--scheme=until_cap+pair", "until_cap+pair"),  # all that is wanted
-        ("--scheme=pair", "warmup+pair"),
+        ("--scheme=warmup", "warmup+noised"),  # it is there
+        ("--scheme=skip_infeasible", "skip_infeasible+warmup+noised"),
+        ("--scheme=until_cap+warmup", "until_cap+warmup+noised"),
+        ("--scheme=until_cap+noised", "until_cap+noised"),  # all that is wanted
+        ("--scheme=noised", "warmup+noised"),
         ("--noise_distribution=laplace", "laplace"),
     ],
 )
@@ -305,7 +305,7 @@ class Cautious(calibrate.Additive):
     caution_of_mine: Number = number(0.5, "how much more than it takes", low=0)
 
 @part
-class Softer(schemes.Pair):
+class Softer(schemes.Noised):
     pass
 
 MEASURE = measure.Standard(more=(measure.Protocol(),))
@@ -431,8 +431,8 @@ def test_a_cpu_is_split_into_its_cores(monkeypatch, args, devices):
         (["--partition=shard"], ["partition='shard'", "did you mean shards?"]),
         (["--model=lenet"], ["model='lenet'", "did you mean lenet5?"]),
         (["--calibrator=aditive"], ["calibrator='aditive'", "did you mean additive?"]),
-        (["--scheme=warmup+pear"], ["scheme='warmup+pear'", "did you mean pair?"]),
-        (["--scheme=pair+warmup"], ["scheme='pair+warmup'", "pair goes around nothing"]),
+        (["--scheme=warmup+noise"], ["scheme='warmup+noise'", "did you mean noised?"]),
+        (["--scheme=noised+warmup"], ["scheme='noised+warmup'", "noised goes around nothing"]),
         (["--scheme=skip_infeasible", "--calibrator=snr"], ["skip every round"]),
         (["--scheme=until_cap+bare"], ["has no cap"]),
         (["--server_clients=2k"], ["server_clients='2k'", "m/2"]),

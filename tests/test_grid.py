@@ -218,7 +218,7 @@ def test_minus_zero_is_zero():
             for word in ("nan", "inf", "-Infinity", "1e999", "0:1", "half", "0x1", "0.1.2")
         ),
         *((f"stratified={word}", f"'{word}' must be true or false") for word in ("yes", "2")),
-        ("scheme=pair+warmup", "'pair+warmup' pair goes around nothing: name it last"),
+        ("scheme=noised+warmup", "'noised+warmup' noised goes around nothing: name it last"),
         ("seed=0:3,9999999999", "'9999999999' must be less than 2147483648"),
         ("seed=9999999998:9999999999", "'9999999998:9999999999' must be less than 2147483648"),
         ("eval_batch=x", f"'x' must be {grid.RANGE}, or none: the best of the target"),

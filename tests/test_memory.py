@@ -43,7 +43,7 @@ def plan(model: Any, image: tuple[int, int, int], clients: int, **strategy: Any)
         model=model,
         cohort=noisefl.Cohort(clients_per_round=clients),
         local=Training(batch_size=2),
-        scheme=schemes.Pair(calibrator=calibrate.Unverified()),
+        scheme=schemes.Noised(calibrator=calibrate.Unverified()),
         strategy=noisefl.Strategy(**strategy),
     )
     kept, data = measure.Standard(local_test_size=1000), abstract(clients, image)

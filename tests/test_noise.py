@@ -184,7 +184,9 @@ def test_relative_strength(paths, scale):
     """r·(RMS of W) is the RMS of ξ: in closed form for "absolute", and r itself for "relative"."""
     values = np.concatenate([np.ravel(flatten_dict(PARAMS)[path]) for path in paths])
     expected = 0.7 if scale == "relative" else 0.7 / np.sqrt(np.mean(values**2))
-    r = where(scale=scale).relative_strength(PARAMS, paths, jnp.float32(0.7))
+    scales = where(scale=scale).unit_scale(PARAMS, paths)
+    deviations = {path: jnp.float32(0.7) * unit for path, unit in scales.items()}
+    r = where(scale=scale).relative_strength(PARAMS, deviations)
     assert (r.shape, r.dtype) == ((), jnp.float32)
     assert r == pytest.approx(expected, rel=1e-5)
 

@@ -193,7 +193,7 @@ def test_fields_that_do_not_go_together_and_one_bad_lane():
     made = calibrate.Fixed()
     assert "cap_margin" in refusal(made.replace, cap_margin=0.7)
     assert refusal(schemes.UntilCap, schemes.Bare()).startswith("scheme='bare'")
-    blind = schemes.Pair(calibrator=calibrate.Unverified())
+    blind = schemes.Noised(calibrator=calibrate.Unverified())
     assert "vouches for none" in refusal(schemes.SkipInfeasible, blind)
     assert refusal(schemes.Warmup, 3).startswith("inner=3")
 
@@ -271,7 +271,7 @@ def test_lanes_stack_numbers_and_refuse_the_rest():
 
 
 def test_a_typo_is_named():
-    assert "did you mean subtract?" in refusal(schemes.Pair, cancellation="substract")
+    assert "did you mean subtract?" in refusal(schemes.Noised, cancellation="substract")
     assert nearest("abc", ["xyz"]) == "must be one of xyz"
 
 

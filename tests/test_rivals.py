@@ -1,7 +1,6 @@
 """The rival schemes against NumPy, and what their papers say of them; the contract is tested in
 `test_schemes`."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -13,121 +12,16 @@ import numpy as np
 import pytest
 import reference_nets as nets
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from scheme_rounds import DATA, LINEN, M, W, copies, flat, issued, joined, joined_clients, still
 
-from noisefl import calibrate, keys, models, noise, schemes
+from noisefl import keys, models, schemes
 from noisefl.schemes import Slot
-
-DATA, M = fed.federation(), 4
-LINEN = fed.TINY.replace(model=fed.TinyCNN()).resolved()
-W = jax.tree.map(jnp.float32, fed.trained())
-LAST = noise.layers("last", relative=True)
-
-
-def still(strength: float) -> calibrate.Calibrator:
-    return calibrate.Unverified(strength=strength)
-
-
-@functools.cache
-def issuing(experiment):
-    """Compiled once for each structure of a scheme."""
-    judge = experiment.judge(DATA)
-
-    @jax.jit
-    def issue(scheme, key, round, base, members, carry):
-        return scheme.issue(key, round, base, base, members, judge, carry)
-
-    return issue
-
-
-def issued(scheme, base=W, round=2, seed=5, carry=None, experiment=LINEN, members=None):
-    """(issue, members, carry) of a round."""
-    key = keys.root(seed)
-    members = experiment.cohort.draw(key, DATA.counts) if members is None else members
-    carry = scheme.init(keys.root(6), base) if carry is None else carry
-    issue, carry = issuing(experiment)(scheme, key, jnp.int32(round), base, members, carry)
-    return issue, members, carry
-
-
-@jax.jit
-def copies(scheme, issue, members, base=W):
-    slots = Slot(jnp.arange(M), members.groups, members.clients)
-    return jax.vmap(lambda slot: scheme.copy(base, issue, slot))(slots)
-
-
-def flat(tree) -> dict[tuple[str, ...], np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree).items()}  # pyright: ignore
 
 
 def assert_one_program(before, after):
     """States have one structure, so that rounds are a loop."""
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (before, after)]
     assert kinds[0] == kinds[1]
-
-
-def joined(tree) -> np.ndarray:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def joined_clients(tree) -> np.ndarray:
-    """[M, n]."""
-    leaves = [np.reshape(leaf, (M, -1)) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate(leaves, axis=1)
-
-
-# Own noise.
-
-WIDE = {"last": {"kernel": jnp.ones((50, 40)), "bias": jnp.ones(40)}}  # RMS 1: ξ is r times a unit
-
-
-class Affine(nn.Module):
-    """One layer of 2,040 parameters."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(40, name="last")(x.reshape(x.shape[0], -1)[:, :50])
-
-
-@pytest.mark.parametrize(
-    ("own", "common"), [("fresh", 0.0), ("fresh", 0.3), ("sticky", 0.0), ("sticky", 0.5)]
-)
-def test_averages_of_own_noise_keep_the_share_that_the_docstring_says(own, common):
-    """c = M clients in J rounds: ρ/J + (1 − ρ)/c of the variance if sticky, else
-    ρ/J + (1 − ρ)/(cJ). A variance of n = 2,040 entries has a relative error of √(2/n) = 0.031; of
-    each figure five of these are allowed."""
-    rounds, r = 5, 3.0
-    scheme = schemes.OwnNoise(calibrator=still(r), on=LAST, own=own, common=common)
-    experiment = fed.TINY.replace(model=Affine()).resolved()
-    _, members, carry = issued(scheme, WIDE, experiment=experiment)
-
-    xi = []
-    for t in range(rounds):
-        issue, _, carry = issued(scheme, WIDE, t, t, carry, experiment, members)
-        xi.append((joined_clients(copies(scheme, issue, members, WIDE)) - 1) / r)
-    xi = np.stack(xi)  # [J, M, n]
-    close = 5 * math.sqrt(2 / xi.shape[-1])
-    each = np.mean(xi**2, axis=-1)
-    np.testing.assert_allclose(each, 1, rtol=close)
-    left = np.mean(np.mean(xi, axis=(0, 1)) ** 2)
-    of_own = 1 - common
-    expected = common / rounds + of_own / (M if own == "sticky" else M * rounds)
-    assert left == pytest.approx(expected, rel=close)
-    # Correlations of two clients of a round are ρ; of two rounds of a client 1 − ρ or 0.
-    assert np.mean(xi[0, 0] * xi[0, 1]) == pytest.approx(common, abs=close)
-    of_rounds = of_own if own == "sticky" else 0
-    assert np.mean(xi[0, 0] * xi[1, 0]) == pytest.approx(of_rounds, abs=close)
-
-
-def test_sticky_noise_is_of_the_client_and_not_of_its_slot():
-    scheme = schemes.OwnNoise(calibrator=still(1.0), own="sticky")
-    issue, members, carry = issued(scheme)
-    turned = dataclasses.replace(members, clients=members.clients[::-1])
-    again, _, _ = issued(scheme, W, 3, 9, carry, members=turned)
-    one, other = copies(scheme, issue, members), copies(scheme, again, turned)
-    fed.assert_same(one, jax.tree.map(lambda leaf: leaf[::-1], other))
-    fresh = schemes.OwnNoise(calibrator=still(1.0))
-    of_round = joined(copies(fresh, issued(fresh)[0], members))
-    assert (of_round != joined(copies(fresh, issued(fresh, seed=8)[0], members))).any()
 
 
 # DP downlink.
@@ -437,9 +331,9 @@ def test_models_that_statistics_cannot_serve_are_refused():
 # Through a whole round.
 
 ROUNDS = {
-    "own noise": schemes.OwnNoise(calibrator=still(1.0)),
-    "sticky": schemes.OwnNoise(calibrator=still(1.0), own="sticky"),
-    "two-way": schemes.OwnNoise(calibrator=still(1.0), own="sticky", common=0.5),
+    "own noise": schemes.own_noise(calibrator=still(1.0)),
+    "sticky": schemes.own_noise(calibrator=still(1.0), own="sticky"),
+    "two-way": schemes.own_noise(calibrator=still(1.0), own="sticky", common=0.5),
     "released": schemes.Released(calibrator=still(0.1)),
     "few weights": schemes.FewWeights(calibrator=still(1.0), entries=5),
     "quantised": schemes.Quantised(calibrator=still(1.0)),

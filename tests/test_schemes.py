@@ -17,7 +17,7 @@ from noisefl.parts import changed, implementations
 from noisefl.schemes import Slot
 
 CLASSES = [*filter(fed.ours, implementations(schemes.Scheme))]
-CLASSES += [examples.Stretched, examples.LeftIn, examples.Sparse]
+CLASSES += [examples.Stretched, examples.LeftIn, examples.Sparse, *examples.CORNERS]
 each_scheme = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 CALIBRATED = [cls for cls in CLASSES if issubclass(cls, schemes.Calibrated)]
 DRAW_NOTHING = schemes.Bare, schemes.Withheld, schemes.Statistics
@@ -262,7 +262,7 @@ def test_a_pair_needs_two_groups(clients):
 
 
 def test_a_calibrator_that_cannot_judge_a_scheme_is_refused():
-    class Discrete(schemes.Pair):
+    class Discrete(schemes.Noised):
         moves = "discrete"
 
     rule = next(c for c in implementations(calibrate.Calibrator) if "discrete" not in c.judges)

@@ -84,7 +84,7 @@ def made_up(total: int, seed: int, ways: int = 1) -> tuple[list[noisefl.Experime
     rng = np.random.default_rng(seed)
     rates, caps = rng.permutation(total) + 1.0, rng.permutation(total) / 2 / total + 0.25
     experiments = [
-        changed(many_lanes.experiment(rate, cap=cap), schemes.Pair, cancellation=WAYS[n % ways])
+        changed(many_lanes.experiment(rate, cap=cap), schemes.Noised, cancellation=WAYS[n % ways])
         for n, (rate, cap) in enumerate(zip(rates, caps, strict=True))
     ]
     bits: Any = rng.integers(0, 2**32, (total, 2), np.uint32)

@@ -43,9 +43,9 @@ DATA, COUNTS = fed.federation(), np.asarray(fed.COUNTS)
 FUNCTIONS, BASE = fed.TINY.functions, fed.start().base
 STILL = calibrate.Fixed(strength=2.0)
 SCHEMES = {
-    "pair": schemes.Warmup(schemes.Pair(calibrator=STILL)),
+    "pair": schemes.Warmup(schemes.Noised(calibrator=STILL)),
     "own noise": schemes.Warmup(
-        schemes.OwnNoise(calibrator=calibrate.Unverified(strength=2.0), own="sticky", common=0.5)
+        schemes.own_noise(calibrator=calibrate.Unverified(strength=2.0), own="sticky", common=0.5)
     ),
 }
 TEST = np.asarray(DATA.test_images), np.asarray(DATA.test_labels)
@@ -226,7 +226,7 @@ def test_of_a_scheme_that_says_nothing_the_spread_is_unknown_but_in_rounds_that_
 def skipping() -> Any:
     """Round 1 is bare; later ones hold no cap, and hand nothing out."""
     rule = calibrate.Additive(cap=1e-3, max_tries=1)
-    return schemes.SkipInfeasible(schemes.Warmup(schemes.Pair(calibrator=rule)))
+    return schemes.SkipInfeasible(schemes.Warmup(schemes.Noised(calibrator=rule)))
 
 
 @pytest.mark.parametrize(

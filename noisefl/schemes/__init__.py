@@ -10,8 +10,8 @@ from noisefl.schemes.base import Slot as Slot
 from noisefl.schemes.base import bare as bare
 from noisefl.schemes.base import uncalibrated as uncalibrated
 from noisefl.schemes.few_weights import FewWeights as FewWeights
-from noisefl.schemes.own_noise import OwnNoise as OwnNoise
-from noisefl.schemes.pair import Pair as Pair
+from noisefl.schemes.noised import Noised as Noised
+from noisefl.schemes.noised import own_noise as own_noise
 from noisefl.schemes.quantised import Quantised as Quantised
 from noisefl.schemes.released import Released as Released
 from noisefl.schemes.statistics import Statistics as Statistics

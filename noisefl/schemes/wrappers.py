@@ -16,7 +16,7 @@ from noisefl.noise import Path
 from noisefl.parts import LARGEST, Number, child, count, name_of, part
 from noisefl.probing import Judge
 from noisefl.schemes.base import Carry, Issue, Scheme, Slot, bare
-from noisefl.schemes.pair import Pair
+from noisefl.schemes.noised import Noised
 
 Params = Any
 
@@ -29,7 +29,7 @@ class Wrapper(Scheme):
 
     abstract: ClassVar[bool] = True
 
-    inner: Scheme = child(Pair, "the scheme inside")
+    inner: Scheme = child(Noised, "the scheme inside")
 
     @property
     def untrained(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
