@@ -54,7 +54,7 @@ class Training(Part):
 
     def train(
         self, key: jax.Array, round: jax.Array, apply: evaluate.Apply, params: Params, own: Own,
-        gather: str,
+        gather: str, rate: jax.Array | None = None,
     ) -> Params:  # fmt: skip
         """The client's model after local training.
 
@@ -65,11 +65,12 @@ class Training(Part):
           params: what the client received.
           own: its data.
           gather: of `Strategy`.
+          rate: float32 [], what multiplies every step, where the scheme asks for that.
         """
         positions, valid = self.batches(key, own.count, own.rows.shape[0])
         return descend(
             apply, self.optimizer.transformation(round), params, own, own.rows[positions], valid,
-            gather,
+            gather, rate,
         )  # fmt: skip
 
     def batches(self, key: jax.Array, count: jax.Array, padded: int) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +107,7 @@ class Training(Part):
 
 def descend(
     apply: evaluate.Apply, optimizer: optax.GradientTransformation, params: Params, own: Own,
-    samples: jax.Array, valid: jax.Array, gather: str = "step",
+    samples: jax.Array, valid: jax.Array, gather: str = "step", rate: jax.Array | None = None,
 ) -> Params:  # fmt: skip
     """Trains `params` on the given batches, one optimizer step each.
 
@@ -119,6 +120,7 @@ def descend(
       valid: bool [S, B]; a step without a valid sample changes nothing, and is computed only while
         any client beside it has a step left.
       gather: "step" fetches a batch's images when its step comes; "client" all of them first.
+      rate: float32 [], what multiplies every step.
     """
 
     def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -141,6 +143,8 @@ def descend(
         batch = own.images[samples[index]] if images is None else images[index]
         gradient = jax.grad(loss)(params, batch, labels[index])
         updates, after = optimizer.update(gradient, state, params)
+        if rate is not None:
+            updates = jax.tree.map(lambda update: rate * update, updates)
         kept = jax.tree.map(
             lambda new, old: jnp.where(valid, new, old),
             (optax.apply_updates(params, updates), after),

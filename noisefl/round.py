@@ -109,13 +109,16 @@ def step(
         key, t, state.base, state.owner, members, judge, state.scheme
     )
 
+    rate = scheme.rate(issue)
+    asked = {} if rate is None else {"rate": rate}  # of your own `Training` only if need be
+
     def client(slot: Slot) -> tuple[Any, Any, Any]:  # w_k ← ClientUpdate(k, copy)
         own_key = keys.stream(key, "client", slot.client)
         k = slot.client
         own = Own(data.train_images, data.train_labels, data.clients[k], data.counts[k])
 
         def train(params: Params) -> Params:
-            return experiment.local.train(own_key, t, apply, params, own, strategy.gather)
+            return experiment.local.train(own_key, t, apply, params, own, strategy.gather, **asked)
 
         copy = scheme.copy(state.base, issue, slot)
         returned = scheme.work(train, copy, issue, slot, own, experiment.functions)

@@ -239,6 +239,21 @@ def test_the_learning_rate_decays_by_round():
         np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)  # pyright: ignore
 
 
+@pytest.mark.parametrize("gather", ["step", "client"])
+def test_a_rate_multiplies_every_step(gather):
+    """Momentum's too: it is what is added to the parameters that is multiplied."""
+    some = jnp.asarray(SAMPLES[0]), jnp.asarray(VALID[0])
+    for momentum in (0.0, 0.5):
+        half, whole = (optimizers.SGD(learning_rate=x, momentum=momentum) for x in (0.25, 0.5))
+        rule = whole.transformation(jnp.int32(1))
+
+        def damped(rate, rule=rule):
+            return local.descend(apply, rule, PARAMS, own(), *some, gather, rate)
+
+        found = jax.jit(damped)(jnp.float32(0.5))
+        fed.assert_same(found, single(half, *some, gather), **fed.CLOSE)
+
+
 @pytest.mark.parametrize("cls", [*filter(fed.ours, implementations(optimizers.Optimizer))])
 @pytest.mark.parametrize("training", [*filter(fed.ours, implementations(local.Training))])
 def test_contract_of_training_and_optimizers(training, cls):

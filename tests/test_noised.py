@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheme_rounds import LAST, M, W, copies, flat, issued, joined, joined_clients, still
+from scheme_rounds import DATA, LAST, M, W, copies, flat, issued, joined, joined_clients, still
 
 from noisefl import noise, schemes
 from noisefl.schemes.noised import left
@@ -62,7 +62,7 @@ def covariance(common, fresh, sticky, there, draws=1, opposite=False) -> np.ndar
 def best(sigma: np.ndarray) -> float:
     """Variance of the best weights that sum to 1; singular matrices by a ridge that is nothing."""
     ones = np.ones(len(sigma))
-    return 1 / (ones @ np.linalg.solve(sigma + 1e-9 * np.eye(len(sigma)), ones))
+    return float(1 / (ones @ np.linalg.solve(sigma + 1e-9 * np.eye(len(sigma)), ones)))
 
 
 variances = st.floats(0.01, 4)
@@ -248,3 +248,20 @@ def test_the_pair_is_a_corner():
         for path, leaf in flat(W).items():
             wanted = leaf + sign * 1.5 * drawn[path] if path in drawn else leaf
             np.testing.assert_allclose(copy[path], wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", ["no", "sticky"])
+@pytest.mark.parametrize("damping", [0.0, 1.0, 2.0])
+def test_damped_steps_are_those_of_a_smaller_rate(own, damping):
+    """Of SGD, by the relative strength of the round; not in rounds that hand out W."""
+    r, rate = 3.0, 0.5
+
+    def after(learning_rate, warmup_rounds=0, **fields):
+        scheme = schemes.own_noise(own, on=LAST, calibrator=still(r), **fields)
+        scheme = schemes.Warmup(scheme, warmup_rounds)
+        one = fed.experiment(scheme=scheme, learning_rate=learning_rate, momentum=0.0)
+        return fed.step(fed.KEY, fed.start(one), DATA, one)[0].base
+
+    smaller = rate * (1 + r**2) ** (-damping / 2)
+    fed.assert_same(after(rate, damping=damping), after(smaller), **fed.CLOSE)
+    fed.assert_same(after(rate, 9, damping=damping), after(rate, 9), **fed.CLOSE)

@@ -104,7 +104,7 @@ def test_what_a_result_depends_on_is_in_the_digest(name):
         *({"seed": 5}, {"out": "there"}, {"data_dir": "/elsewhere"}, {"rounds_per_chunk": 7}),
         *({"checkpoint_every": 1}, {"compilation_cache": "off"}, {"lanes_at_once": 3}),
         *({"client_devices": 2}, {"eval_batch": "auto"}, {"calibrator": "additive"}),
-        *({"cap": 0.6}, {"model": "lenet5"}, {"scheme": "warmup+pair"}, {"dry_run": True}),
+        *({"cap": 0.6}, {"model": "lenet5"}, {"scheme": "warmup+noised"}, {"dry_run": True}),
     ],
 )
 def test_what_no_result_depends_on_is_not(changes):

@@ -5,6 +5,7 @@ One program of two lanes is compiled, once a process; sweeps (test_sweep_resume.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -353,7 +354,8 @@ def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys, grid):
     assert f"{runs} runs of 4 rounds" in printed
     assert "1 compilations" in printed
     assert "nothing was written" in printed
-    (row,) = [line for line in printed.splitlines() if "mlp" in line]
+    assert re.search(r"^group 1: mlp, ", printed, re.MULTILINE)
+    (row,) = [line for line in printed.splitlines() if line.startswith("│")]
     cells = [cell.strip() for cell in row.split("│")][2:5]
     assert cells == [f"{runs} ({fedavg} FedAvg)", "2", batches]
     assert not out.exists()

@@ -32,13 +32,12 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
         title_justify="left",
     )
     for column in ("group", "runs", "at once", "batches", "compile", "memory a device", "time"):
-        first = column == "group"
-        table.add_column(column, justify="left" if first else "right", no_wrap=not first)
+        table.add_column(column, justify="right", no_wrap=True)
     total = 0.0
     talk = Console(stderr=True, highlight=False, quiet=not hosts.first())
     for number, one in enumerate(prepared, 1):
         talk.print(f"group {number}/{len(prepared)}: compiling and timing a round", soft_wrap=True)
-        title, chunk = one.group.title, driver.rounds_per_chunk
+        title, chunk = str(number), driver.rounds_per_chunk
         try:
             compiled = one.compile(on, one.width(on, driver.lanes_at_once), chunk)
         except TooLarge:
@@ -55,6 +54,8 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
             f"{program.bytes_a_device / 1e9:.2f} GB", _duration(seconds),
         )  # fmt: skip
     console = Console(highlight=False, quiet=not hosts.first())
+    for number, one in enumerate(prepared, 1):  # of any length: they do not fit a column
+        console.print(f"group {number}: {one.group.title}", soft_wrap=True)
     console.print(table)
     already = f"; {done} of the runs are done already" if done else ""
     console.print(f"in all about {_duration(total)}{already}; nothing was written", soft_wrap=True)

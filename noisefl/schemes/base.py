@@ -158,6 +158,11 @@ class Scheme(Part):
         """What the client in this slot receives."""
         raise NotImplementedError
 
+    def rate(self, issue: Issue) -> jax.Array | None:
+        """What multiplies every step of local training, float32 []; None: they are what they are.
+        1 where W is handed out bare."""
+        return None
+
     def work(
         self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
         model: Functions,

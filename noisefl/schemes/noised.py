@@ -116,6 +116,11 @@ class Noised(Calibrated):
     the cap, in the sense of the calibrator's guarantee, at the strength of the round as if it had
     been that of all J; so are the copies. c = J = 1 is the cap on a copy.
 
+    *Damping.* What a layer below the noise learns comes back through it, √(1 + r²) times as large
+    as without, r = (RMS of ξ) / (RMS of the noised parameters). Steps that are stable without noise
+    are then too large, and runs break down; divided by that, damping 1, they do not. Where r is 0
+    nothing is damped.
+
     Attributes:
       common_draws: D; the clients of a group have them in turn.
       signs: "opposite": group b has −1 times the common noise; "same": all have it alike.
@@ -156,6 +161,10 @@ class Noised(Calibrated):
     cancellation: str = choice(
         "pair", ("pair", "subtract", "reweight"),
         "noise is left in, subtracted, or the groups reweighted to ½ and ½",
+    )  # fmt: skip
+    damping: Number | None = number(
+        None, "d, clients' steps are divided by (1 + r²)^(d/2), for runs that do not break down",
+        low=0, none="steps as they are",
     )  # fmt: skip
     coalition: Number | None = number(
         None, "c, clients of whose best average the cap holds as well", unit="clients", low=1,
@@ -333,6 +342,11 @@ class Noised(Calibrated):
         counts = members.counts.astype(jnp.float32)
         of_group = jnp.stack([jnp.sum(jnp.where(members.groups == g, counts, 0)) for g in (0, 1)])
         return jnp.sum(counts) / (2 * of_group[members.groups])
+
+    def rate(self, issue: Issue) -> jax.Array | None:
+        if self.damping is None:
+            return None
+        return jnp.power(1 + jnp.square(issue.relative_strength), -self.damping / 2)
 
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
         draw, variant = issue.secret.draw, slot.index

@@ -72,6 +72,9 @@ class Wrapper(Scheme):
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
         return self.inner.copy(base, issue, slot)
 
+    def rate(self, issue: Issue) -> jax.Array | None:
+        return self.inner.rate(issue)
+
     def work(
         self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
         model: Functions,
