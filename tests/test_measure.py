@@ -60,3 +60,29 @@ def test_a_base_that_is_handed_out_bare_is_measured_as_itself_and_not_as_the_own
         assert float(numbers["shared_validation_accuracy"]) == pytest.approx(of["base"], abs=1e-6)
         apart |= before.round > 1 and of["base"] != of["owner"]
     assert apart
+
+
+@pytest.mark.parametrize("members", [2, 3, 9])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_mean_of_what_a_coalition_received_is_as_good_as_the_reference_says(scheme, members):
+    """Of M = 4 clients in turn: two pairs, one of three, or all; of a pair it is W."""
+    experiment = fed.experiment(scheme=SCHEMES[scheme], strength=3.0).resolved()
+    made = measure.Averaged(members=members)
+    state = fed.start(experiment)
+    number = int(experiment.scheme.warmup_rounds) + 1
+    state = state.replace(round=jnp.int32(number), measured=())
+    _, numbers = simulate.measured_step(fed.KEY, state, DATA, experiment, made)
+    _, info = fed.step(fed.KEY, state, DATA, experiment)
+    groups = np.asarray(info.members.groups).tolist()
+    a, b = ([slot for slot, g in enumerate(groups) if g == one] for one in (0, 1))
+    turns = [slot for both in zip(a, b, strict=True) for slot in both]
+    copies = [nets.as_float64(fed.plain(fed.lane(info.observed[0], slot))) for slot in turns]
+    c = min(members, 4)
+    images = np.asarray(DATA.test_images), np.asarray(DATA.test_labels)
+    found = []
+    for first in range(0, 4 // c * c, c):
+        mean = jax.tree.map(lambda *each: sum(each) / c, *copies[first : first + c])
+        found.append(nets.accuracy(fed.NET, mean, *images))
+    assert float(numbers["averaged_accuracy_max"]) == pytest.approx(max(found), abs=1e-6)
+    if scheme == "pair" and members == 2:
+        assert max(found) == nets.accuracy(fed.NET, nets.as_float64(state.base), *images)

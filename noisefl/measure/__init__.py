@@ -1,6 +1,7 @@
 """Measures: what is recorded of a round. One file each, one contract (`base`)."""
 
 from noisefl.measure.accuracies import Accuracies as Accuracies
+from noisefl.measure.averaged import Averaged as Averaged
 from noisefl.measure.base import Conclusion as Conclusion
 from noisefl.measure.base import Following as Following
 from noisefl.measure.base import Measure as Measure

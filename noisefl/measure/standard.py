@@ -11,6 +11,7 @@ from noisefl.errors import refuse
 from noisefl.experiment import Experiment
 from noisefl.local import Own
 from noisefl.measure.accuracies import Accuracies
+from noisefl.measure.averaged import Averaged
 from noisefl.measure.base import Conclusion, Following, Measure, Numbers, Params, Regular
 from noisefl.measure.protocol import Protocol
 from noisefl.measure.thief import Thief
@@ -25,6 +26,10 @@ class Standard(Regular):
     local_test_size: int = size(
         1000, "test images for clients' own models; 0: all", unit="images", low=0
     )
+    averaged: int = size(
+        1, "c, clients of a coalition, the mean of whose copies is measured as well; 1: none",
+        unit="clients",
+    )  # fmt: skip
     thieves: Following | None = child(None, "what thieves make of it in the end", none="nothing")
     more: tuple[Measure, ...] = children((), "measures of your own beside them")
 
@@ -32,7 +37,9 @@ class Standard(Regular):
     def parts(self) -> tuple[Measure, ...]:
         """The measures it is made of."""
         local = Thief(attack=OwnModel(), test_images=self.local_test_size, every=self.every)
-        last = () if self.thieves is None else (self.thieves,)
+        last: tuple[Measure, ...] = () if self.thieves is None else (self.thieves,)
+        if self.averaged > 1:
+            last = (Averaged(members=self.averaged, every=self.every), *last)
         return Protocol(), Accuracies(every=self.every), local, *self.more, *last
 
     @property
