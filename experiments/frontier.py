@@ -45,7 +45,9 @@ class Curve:
 
 LAST = {"noise_layers": "last", "noise_scale": "relative"}
 ALL = {"noise_layers": "all", "noise_scale": "relative"}
-OWN = {"scheme": "noised", "signs": "same", "cancellation": "subtract", **LAST}
+OWN = {  # steps are damped: without that some of its runs break down
+    "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "1", **LAST,
+}  # fmt: skip
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
     "pair": Curve({"scheme": "noised", "own": "no", **LAST}),
@@ -129,10 +131,10 @@ def main(argv: list[str]) -> int:
             Path(given["json"]).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return 0
     except (ValueError, OSError) as error:
-        complain(str(error))
+        complain(str(error), "experiments.frontier")
         return 2
     except KeyboardInterrupt:
-        complain(f"interrupted; {again}")
+        complain(f"interrupted; {again}", "experiments.frontier")
         return 130
 
 

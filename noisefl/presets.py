@@ -47,6 +47,20 @@ def quickstart() -> Experiment:
     )
 
 
+def two_way() -> Experiment:
+    """Two-way noise on the last layer in place of the quickstart's pair: half of the variance is
+    the client's own for ever, half is drawn anew a round and common to all, and the server takes
+    out exactly what it put in (`schemes.Noised` says what a coalition is left with).
+
+    Its steps are damped: the noise is stronger than the pair's, and without that runs break down
+    where clients hold unlike data (BUILD_NOTES.md, "Stability").
+    """
+    made = quickstart()
+    rule = calibrate.Predictive(cap=0.6)
+    scheme = schemes.own_noise("sticky", 0.5, calibrator=rule, damping=1.0)
+    return made.replace(scheme=schemes.Warmup(scheme, warmup_rounds=1))
+
+
 def mcmahan() -> Experiment:
     """The literal reading on the MNIST CNN of McMahan et al. 2017 with E = 5 and B = 10.
 

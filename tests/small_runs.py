@@ -159,7 +159,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     printed, err = capsys.readouterr()
     assert printed == ""
     (line,) = err.splitlines()
-    assert line.startswith("experiments.run: ")
+    assert line.startswith(("experiments.run: ", "experiments.frontier: "))
     return line
 
 

@@ -167,7 +167,7 @@ def _span(accuracies: Any) -> str:
     return f"{low:.3f}" if len(accuracies) == 1 else f"{low:.3f} to {high:.3f}"
 
 
-def complain(message: str) -> None:
+def complain(message: str, program: str = "experiments.run") -> None:
     """One line on standard error, in one piece: other threads write there as well."""
-    sys.stderr.write(f"experiments.run: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
     sys.stderr.flush()
