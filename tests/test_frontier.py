@@ -301,6 +301,21 @@ def test_a_thief_whose_model_broke_has_no_figures(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+def test_of_an_owner_that_broke_nothing_is_stolen(tmp_path):
+    """Its run has thieves all the same, whose copies are of before."""
+
+    def broken(lines: list[dict]) -> list[dict]:
+        return [{**one, "accuracy": None, "accuracy_best": None} if one["thief"] == "owner"
+                else one for one in lines]  # fmt: skip
+
+    found = reported.write(tmp_path, folder_of(tmp_path, broken), STRENGTHS)
+    assert all(row["owner"] is None for row in found if row["scheme"] == "pair")
+    assert all(row["lambda"] is None for row in found if row["scheme"] == "pair")
+    assert any(row["thief_accuracy"] is not None for row in found if row["scheme"] == "pair")
+    assert "| pair | 0.6 | –" in (tmp_path / "frontier.md").read_text("utf-8")
+    json.dumps(found, allow_nan=False)
+
+
 def test_without_controls_there_is_nothing_to_compare_with(tmp_path):
     def neither(lines: list[dict]) -> list[dict]:
         return [one for one in lines if one["thief"] not in ("scratch", "server_alone")]

@@ -1,6 +1,7 @@
 """The contract of measures: numbers of a round by name; what they are is in `test_simulate`."""
 
 import functools
+from typing import Any
 
 import example_parts as examples
 import federation as fed
@@ -68,9 +69,9 @@ def test_the_mean_of_what_a_coalition_received_is_as_good_as_the_reference_says(
     """Of M = 4 clients in turn: two pairs, one of three, or all; of a pair it is W."""
     experiment = fed.experiment(scheme=SCHEMES[scheme], strength=3.0).resolved()
     made = measure.Averaged(members=members)
-    state = fed.start(experiment)
-    number = int(experiment.scheme.warmup_rounds) + 1
-    state = state.replace(round=jnp.int32(number), measured=())
+    wrapper: Any = experiment.scheme
+    number = jnp.int32(int(wrapper.warmup_rounds) + 1)
+    state = fed.replaced(fed.start(experiment), round=number, measured=())
     _, numbers = simulate.measured_step(fed.KEY, state, DATA, experiment, made)
     _, info = fed.step(fed.KEY, state, DATA, experiment)
     groups = np.asarray(info.members.groups).tolist()

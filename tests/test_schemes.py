@@ -1,6 +1,7 @@
 """The contract of schemes, on all that there are: the package's and `example_parts`'."""
 
 import functools
+from typing import Any
 
 import example_parts as examples
 import federation as fed
@@ -263,7 +264,7 @@ def test_a_pair_needs_two_groups(clients):
 
 def test_a_calibrator_that_cannot_judge_a_scheme_is_refused():
     class Discrete(schemes.Noised):
-        moves = "discrete"
+        moves: Any = "discrete"
 
     rule = next(c for c in implementations(calibrate.Calibrator) if "discrete" not in c.judges)
     with pytest.raises(ValueError, match=r"^calibrator='\w+': cannot judge discrete, whose copies"):

@@ -134,7 +134,7 @@ def of_run(
             "owner": owner, "fedavg": fedavg, "server_alone": server[0] if server else None,
             "thief_accuracy": accuracy, "thief_accuracy_best": row["accuracy_best"],
             "scratch": alone, "copy": bare.get(row["which"]), "fidelity": row["fidelity"],
-            "lambda": None if None in (alone, accuracy) or not owner > alone
+            "lambda": None if None in (alone, accuracy, owner) or not owner > alone
             else round((accuracy - alone) / (owner - alone), 6),
             "over_scratch": round(accuracy / alone, 6) if alone and accuracy is not None else None,
             "images_needed": images, "images_exact": exact,
@@ -218,7 +218,8 @@ def markdown(frame: Frame, best: Frame) -> str:
     lines = [
         "# The frontier", "",
         "Owner O, best thief T of a view and scratch S on test, in %. λ = (T − S) / (O − S): 0 is "
-        "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal. "
+        "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal, "
+        "and where a run broke down, so that there is no O. "
         "Intervals are 95 %, bootstrapped over paired seeds; of one seed there is none. Thieves "
         "choose their numbers on held-out data of their own.", "",
     ]  # fmt: skip
@@ -372,8 +373,8 @@ def _panel(axes: Axes, some: Frame, looks: Mapping[str, dict[str, Any]]) -> None
         curve = some[some["scheme"] == name].sort_values("strength")
         axes.plot(curve["thief_accuracy"], curve["owner"], lw=1.2, ms=5, **look)
     axes.set_xlim(max(low, 0), 1.005)
-    owners = some["owner"].dropna()
-    axes.set_ylim(max(min(owners.min(), some["server_alone"].min()) - 0.03, 0), 1.005)
+    lowest = some[["owner", "fedavg", "server_alone"]].min().min()  # of those that did not break
+    axes.set_ylim(max(lowest - 0.03, 0), 1.005)
     axes.grid(color="0.93", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
