@@ -316,6 +316,20 @@ def test_of_an_owner_that_broke_nothing_is_stolen(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+def test_where_one_run_of_several_broke_the_picture_shows_the_others(made):
+    frame = pd.DataFrame(made[1])
+    broke = (frame["seed"] == 0) & (frame["scheme"] == "pair")
+    best = reported.best_thieves(
+        frame.assign(owner=frame["owner"].mask(broke), failed=frame["failed"] | broke)
+    )
+    ours = best[best["scheme"] == "pair"]
+    assert ours["owner"].isna().all()
+    assert ours["owner_of_rest"].notna().all()
+    lines = reported.pictures(best)["frontier-6.png"].axes[0].get_lines()
+    (hollow,) = [x for x in lines if x.get_markerfacecolor() == "white"]
+    assert len(np.asarray(hollow.get_xydata())) == 2
+
+
 def test_without_controls_there_is_nothing_to_compare_with(tmp_path):
     def neither(lines: list[dict]) -> list[dict]:
         return [one for one in lines if one["thief"] not in ("scratch", "server_alone")]

@@ -186,6 +186,7 @@ def best_thieves(frame: Frame) -> Frame:
                 **dict(zip(keys, of, strict=True)), "view": view, "members": members,
                 "thief": thief, "seeds": len(of_seed), **means,
                 "scratch_low": of_seed["scratch"].min(), "scratch_high": of_seed["scratch"].max(),
+                "owner_of_rest": of_seed["owner"].mean(),  # of runs that did not break down
                 "copy": np.mean(_of_seeds(copies, ["copy"])["copy"]),
                 "thief_best": max((x[1] for x in ranked), key=_key),
                 "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high,
@@ -331,7 +332,8 @@ def pictures(best: Frame) -> dict[str, Figure]:
     }
     several = best["server_images"].nunique() > 1
     for (clients, images), of in best.groupby(SETTING[1:], sort=True):
-        views = list(dict.fromkeys(zip(of["view"], of["members"], strict=True)))
+        # Of each view its largest coalition: the table has the others.
+        views = list(of.groupby("view", sort=True)["members"].max().items())
         partitions = list(dict.fromkeys(of["partition"]))
         figure = blank(1.2 + 2.5 * len(views), 1.3 + 2.3 * len(partitions), 150)
         axes = figure.subplots(len(partitions), len(views), squeeze=False, sharey="row")
@@ -354,6 +356,11 @@ def pictures(best: Frame) -> dict[str, Figure]:
             Line2D([], [], color=GREY, ls="-", lw=0.8, label="T = O: all is stolen"),
             Patch(color="0.88", label="scratch S: nothing is stolen"),
         ]
+        if of["failed"].any():
+            of_rest = "O without the runs that broke"
+            handles.append(
+                Line2D([], [], color=GREY, ls="", marker="o", mfc="white", label=of_rest)
+            )
         figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
         found[f"frontier-{clients}{f'-{images}' if several else ''}.png"] = figure
     return found
@@ -372,8 +379,15 @@ def _panel(axes: Axes, some: Frame, looks: Mapping[str, dict[str, Any]]) -> None
     for name, look in looks.items():
         curve = some[some["scheme"] == name].sort_values("strength")
         axes.plot(curve["thief_accuracy"], curve["owner"], lw=1.2, ms=5, **look)
+        broke = curve[curve["owner"].isna()]
+        if len(broke):
+            axes.plot(
+                broke["thief_accuracy"], broke["owner_of_rest"], ls="", ms=5, mfc="white", **look
+            )
     axes.set_xlim(max(low, 0), 1.005)
-    lowest = some[["owner", "fedavg", "server_alone"]].min().min()  # of those that did not break
+    lowest = (
+        some[["owner_of_rest", "fedavg", "server_alone"]].min().min()
+    )  # of those that did not break
     axes.set_ylim(max(lowest - 0.03, 0), 1.005)
     axes.grid(color="0.93", lw=0.6)
     axes.set_axisbelow(True)
