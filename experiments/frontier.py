@@ -45,8 +45,9 @@ class Curve:
 
 LAST = {"noise_layers": "last", "noise_scale": "relative"}
 ALL = {"noise_layers": "all", "noise_scale": "relative"}
-OWN = {  # steps are damped: without that some of its runs break down
-    "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "1", **LAST,
+OWN = {  # as in the preset `two_way`
+    "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "0.5",
+    "server_clients": "4m", **LAST,
 }  # fmt: skip
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
