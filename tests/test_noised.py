@@ -17,7 +17,7 @@ from scheme_rounds import DATA, LAST, M, W, copies, flat, issued, joined, joined
 
 from noisefl import noise, schemes
 from noisefl.cohort import Members
-from noisefl.schemes.noised import left
+from noisefl.schemes.noised import left, left_of_late
 
 WIDE = {"last": {"kernel": jnp.ones((50, 40)), "bias": jnp.ones(40)}}  # RMS 1: ξ is r times a unit
 N = 2040
@@ -98,6 +98,34 @@ def test_whoever_was_not_always_there_has_no_better_weights(data, rounds, member
     sigma = covariance([common] * rounds, [fresh] * rounds, sticky, there, draws, opposite)
     bound = left(common, fresh, sticky, members, rounds, draws, opposite)
     assert best(sigma) >= float(bound) * (1 - 1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 7), st.integers(1, 5))
+def test_whoever_may_weigh_early_rounds_at_will_is_left_with_no_less_than_the_bound(
+    data, rounds, members
+):
+    """Of all ways to call the last rounds late: by linear algebra, and reached but for rounding of
+    the best number of late rounds to a whole one."""
+    common, fresh, sticky = (data.draw(variances) for _ in "abc")
+    there = np.ones((rounds, members), bool)
+    sigma = covariance([common] * rounds, [fresh] * rounds, sticky, there)
+    inverse = np.linalg.inv(sigma + 1e-9 * np.eye(len(sigma)))
+    found = []
+    for early in range(rounds):
+        late = np.repeat(np.arange(rounds) >= early, members).astype(float)
+        found.append(1 / (late @ inverse @ late))
+    bound = float(left_of_late(common, fresh, sticky, members, rounds))
+    assert min(found) >= bound * (1 - 1e-4)
+    assert bound >= 0.85 * min(found)
+
+
+def test_early_rounds_give_sticky_noise_away():
+    assert left_of_late(0.0, 0.0, 1.0, 3, 2) == 0
+    assert left_of_late(0.0, 0.0, 1.0, 2, 1) == 0.5
+    assert left_of_late(0.5, 0.0, 0.5, 1, 8) == pytest.approx(4 * 0.5 / 9)
+    assert left_of_late(0.5, 0.0, 0.5, 20, 8) == left(0.5, 0.0, 0.5, 20, 8)
+    assert left_of_late(0.0, 1.0, 0.0, 2, 4) == left(0.0, 1.0, 0.0, 2, 4)
 
 
 def test_a_pair_leaves_two_members_nothing_and_one_its_share():
@@ -208,7 +236,7 @@ def test_what_is_judged_for_a_coalition_has_the_variance_that_is_left(own):
         kinds = (0.4 * total, 0.6 * total, 0.0)
         if own == "sticky":
             kinds = (total - 0.6 * 4.0, 0.0, 0.6 * 4.0)
-        assert np.mean(xi**2) == pytest.approx(float(left(*kinds, 3, 2)), rel=CLOSE)
+        assert np.mean(xi**2) == pytest.approx(float(left_of_late(*kinds, 3, 2)), rel=CLOSE)
         assert abs(np.mean(xi * of_copy)) < CLOSE * total
         assert issue.accuracy.shape == (M,)
 

@@ -457,6 +457,59 @@ def test_denoise_takes_what_the_average_has_left():
     np.testing.assert_allclose(unknown, wanted, rtol=1e-4, atol=1e-5)
 
 
+# Contrasts.
+
+
+def walked(rounds: int) -> list[Any]:
+    """W of several rounds, each a step further."""
+    return [jax.tree.map(lambda w, s=s: w + 0.3 * s, noise(50 + s, ALL)) for s in range(rounds)]
+
+
+def stacked(models: list[list[Any]]) -> Any:
+    """[J, A, ...] of models by round and member."""
+    rows = [jax.tree.map(lambda *each: jnp.stack(each), *row) for row in models]
+    return jax.tree.map(lambda *each: jnp.stack(each), *rows)
+
+
+def test_a_contrast_sheds_what_is_in_all_of_a_members_copies():
+    """Sticky noise a hundred times as large as W, to rounding: W_3 − W_0 is left of the oldest and
+    the others, or (W_2 + W_3 − W_0 − W_1) / 2 of halves; a round in which W was bare is added."""
+    ws, sticky = walked(4), [noise(seed, size=100.0) for seed in (7, 8)]
+    copies = [[jax.tree.map(jnp.add, w, z) for z in sticky] for w in ws]
+    known = spread(np.full((4, 2), 100.0))
+    halves = steal(attacks.Contrast(old=0.5), KEY, view(stacked(copies), spread=known), OWN, HEAD)
+    oldest = steal(attacks.Contrast(old=0.0), KEY, view(stacked(copies), spread=known), OWN, HEAD)
+    heads = [np.stack([np.asarray(x) for x in jax.tree.leaves(w["head"])[:1]]) for w in ws]
+    kernel = jax.tree.leaves(halves["head"])[0]
+    wanted = (heads[2] + heads[3] - heads[0] - heads[1])[0] / 2
+    np.testing.assert_allclose(kernel, wanted, atol=1e-4)
+    wanted = ((heads[1] + heads[2] + heads[3]) / 3 - heads[0])[0]
+    np.testing.assert_allclose(jax.tree.leaves(oldest["head"])[0], wanted, atol=1e-4)
+    fed.assert_same(halves["stem"], ws[3]["stem"], rtol=1e-6, atol=1e-6)
+    # The first member had W_0 bare, and so both have it.
+    copies[0][0] = ws[0]
+    bare = spread(np.asarray([[0.0, 100.0], *[[100.0, 100.0]] * 3]))
+    stolen = steal(attacks.Contrast(old=0.0), KEY, view(stacked(copies), spread=bare), OWN, HEAD)
+    each = ((heads[2] + heads[3]) / 2 - heads[1], (heads[1] + heads[2] + heads[3]) / 3 - heads[0])
+    wanted = (heads[0] + (each[0] + each[1]) / 2)[0]
+    np.testing.assert_allclose(jax.tree.leaves(stolen["head"])[0], wanted, atol=1e-4)
+
+
+def test_without_two_rounds_there_is_no_contrast():
+    """Then the newest copies count; a member of one round does not disturb those of several."""
+    ws, sticky = walked(2), [noise(seed, size=100.0) for seed in (7, 8)]
+    copies = stacked([[jax.tree.map(jnp.add, w, z) for z in sticky] for w in ws])
+    known = spread(np.full((2, 2), 100.0))
+    there = jnp.asarray([[False, False], [True, True]])
+    stolen = steal(attacks.Contrast(), KEY, view(copies, spread=known, present=there), OWN, HEAD)
+    wanted = jax.tree.map(lambda leaf: jnp.mean(leaf[1], axis=0), copies)
+    fed.assert_same(stolen, wanted, rtol=1e-5, atol=1e-4)
+    there = jnp.asarray([[True, False], [True, True]])
+    stolen = steal(attacks.Contrast(), KEY, view(copies, spread=known, present=there), OWN, HEAD)
+    moved_by = jax.tree.map(jnp.subtract, ws[1]["head"], ws[0]["head"])
+    fed.assert_same(stolen["head"], moved_by, rtol=1e-4, atol=1e-4)
+
+
 # Training from one copy.
 
 COPY = fed.lane(fed.lane(moved(noise(3, ALL, 0.3), [[1]]), 0), 0)

@@ -9,6 +9,7 @@ from noisefl.attacks.base import Public as Public
 from noisefl.attacks.base import View as View
 from noisefl.attacks.base import newest as newest
 from noisefl.attacks.coefficients import Coefficients as Coefficients
+from noisefl.attacks.contrast import Contrast as Contrast
 from noisefl.attacks.denoise import Denoise as Denoise
 from noisefl.attacks.fine_tune import FineTune as FineTune
 from noisefl.attacks.knock_off import KnockOff as KnockOff

@@ -79,15 +79,44 @@ def left(
     weights of both groups may sum to the same, and nothing is left of it.
 
     Whoever was not there in some of the rounds has fewer weights to choose, and no better ones: the
-    figure is a bound. Weights that sum to another number than 1 make that number times such a
-    combination, 0 excepted, which holds nothing of W. And where W moves, the combination is one of
-    several W_t with the same noise on it. Weights that are chosen by what the copies do on data are
-    not covered: they know the noise.
+    figure is a bound. Where W moves, the combination is one of several W_t with the same noise on
+    it. Weights that are chosen by what the copies do on data are not covered: they know the noise.
     """
     shared = common / jnp.minimum(jnp.float32(members), draws)
     if opposite:
         shared = jnp.where(jnp.float32(members) >= 2, 0.0, shared)
     return (shared + fresh / members) / rounds + sticky / members
+
+
+def left_of_late(
+    common: Any, fresh: Any, sticky: Any, members: Any, rounds: Any, draws: int = 1,
+    opposite: bool = False,
+) -> Any:  # fmt: skip
+    """Variance of the noise that is left where only the weights of late rounds must sum to 1.
+
+    Where W moves, copies of an early round tell a client its sticky noise up to an early W, which
+    is nearly nothing, or known if it was once handed out bare: C_t − C_t' + W_t' has none of it. So
+    weights of early rounds are free, and what counts is W of the late ones.
+
+    Args:
+      common, fresh, sticky, members, rounds, draws, opposite: as of `left`.
+
+    Returns:
+      With a = what `left` has of common and fresh noise in one round, and z = sticky / c: `left`
+      itself, a / J + z, where a ≥ J z or J < 2, else 4 a / (J + a / z).
+
+    Late weights of sum 1 on x rounds and early ones of sum −β on J − x leave at least
+    a / x + β² a / (J − x) + (1 − β)² z, by Cauchy and Schwarz as in `left`. The best β makes that
+    a / x + 1 / (1/z + (J − x) / a), and the best x, (J + a / z) / 2, makes it 2 a / x, unless that
+    is more than J. x need not be whole: the figure is a bound.
+    """
+    of_round = left(common, fresh, 0.0, members, 1, draws, opposite)
+    of_own = sticky / members
+    affine = of_round / rounds + of_own
+    ratio = of_round / jnp.where(of_own > 0, of_own, 1)
+    contrast = 4 * of_round / (rounds + ratio)
+    plain = (of_own <= 0) | (of_round >= rounds * of_own) | (jnp.float32(rounds) < 2)
+    return jnp.where(plain, affine, contrast)
 
 
 @part
@@ -109,13 +138,15 @@ class Noised(Calibrated):
 
     *What is guaranteed.* Any affine combination of the copies that c clients received in J rounds,
     with weights that do not depend on them, is one of the W_t and Gaussian noise of the variance
-    `left` says at least: of sticky noise of variance s and common noise of variance a,
-    a / J + s / c. The pair has nothing left for c ≥ 2. Nothing is said of a thief that trains.
+    `left` says at least: of sticky noise of variance s and common noise of variance a, a / J + s / c.
+    The pair has nothing left for c ≥ 2. Where W moves, early copies give sticky noise away
+    (`left_of_late`): at ρ = 0 two rounds are enough, and what then stands is common noise, at least
+    4 a / (J + a c / s) of it. Nothing is said of a thief that trains.
 
     *The cap on a coalition.* With `coalition` the calibrator judges one model more, which nobody
-    receives: W under a fresh draw of that variance. If the round is feasible it is no better than
-    the cap, in the sense of the calibrator's guarantee, at the strength of the round as if it had
-    been that of all J; so are the copies. c = J = 1 is the cap on a copy.
+    receives: W under a fresh draw of the variance of `left_of_late`. If the round is feasible it is
+    no better than the cap, in the sense of the calibrator's guarantee, at the strength of the round
+    as if it had been that of all J; so are the copies. c = J = 1 is the cap on a copy.
 
     *Damping.* What a layer below the noise learns comes back through it, √(1 + r²) times as large
     as without, r = (RMS of ξ) / (RMS of the noised parameters). Steps that are stable without noise
@@ -143,7 +174,8 @@ class Noised(Calibrated):
     )
     promise: ClassVar[str] = (
         "affine combinations of c clients' copies of J rounds keep ρ/J + (1 − ρ)/c of the noise's "
-        "variance if their own is sticky, (ρ + (1 − ρ)/c)/J if fresh; a pair's keep nothing"
+        "variance if their own is sticky, (ρ + (1 − ρ)/c)/J if fresh; a pair's keep nothing; "
+        "differences of early and late copies shed what is sticky"
     )
 
     on: Where = child(Where, "which parameters carry noise")
@@ -327,7 +359,7 @@ class Noised(Calibrated):
             return noise.apply(base, of_client(), 1)
         among = self.coalition, self.coalition_rounds, self.common_draws, sides == 2
         rest = {
-            path: left(*(jnp.square(kind[path]) for kind in scales), *among)  # pyright: ignore
+            path: left_of_late(*(jnp.square(kind[path]) for kind in scales), *among)  # pyright: ignore
             for path in paths
         }
         copies = self.common_draws * sides if self.own == "no" else draw.clients.shape[0]
