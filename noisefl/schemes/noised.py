@@ -139,9 +139,9 @@ class Noised(Calibrated):
     *What is guaranteed.* Any affine combination of the copies that c clients received in J rounds,
     with weights that do not depend on them, is one of the W_t and Gaussian noise of the variance
     `left` says at least: of sticky noise of variance s and common noise of variance a,
-    a / J + s / c. The pair has nothing left for c ≥ 2. Where W moves, early copies give sticky noise away
-    (`left_of_late`): at ρ = 0 two rounds are enough, and what then stands is common noise, at least
-    4 a / (J + a c / s) of it. Nothing is said of a thief that trains.
+    a / J + s / c. The pair has nothing left for c ≥ 2. Where W moves, early copies give sticky
+    noise away (`left_of_late`): at ρ = 0 two rounds are enough, and what then stands is common
+    noise, at least 4 a / (J + a c / s) of it. Nothing is said of a thief that trains.
 
     *The cap on a coalition.* With `coalition` the calibrator judges one model more, which nobody
     receives: W under a fresh draw of the variance of `left_of_late`. If the round is feasible it is
