@@ -22,9 +22,6 @@ class Copies(NamedTuple):
     touched: tuple[tuple[str, ...], ...]  # paths of the parameters that may differ from the base's
     draw: Callable[[jax.Array], Draw]  # key → draw
     copy: Callable[[Draw, jax.Array, jax.Array], Params]  # (draw, strength, variant) → params
-    scouted: tuple[
-        int, ...
-    ] = ()  # variants that stand for all when a strength is foretold; (): all
 
 
 class Judge(NamedTuple):
@@ -87,6 +84,5 @@ class Judge(NamedTuple):
                 ),
                 clean=lambda chosen, shared: forward(base, chosen, shared),
                 below=None if cut is None else below,
-                scouted=copies.scouted,
             ),
         )

@@ -5,7 +5,6 @@ variant, and an image is right where its own threshold lies under that accuracy.
 have each rule's closed form; `test_guarantee` has how often tested rules are wrong.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -393,21 +392,6 @@ def test_a_warm_start_is_a_share_of_the_round_before():
     carries = [(rule.init(), 0.5), (0.0, 0.5), (1e-6, 7e-7), (2.0, 1.4), (99.0, 6.0)]
     for carry, expected in carries:
         assert rule.warm_start(jnp.float32(carry), 0.7) == pytest.approx(expected)
-
-
-def test_scouted_copies_stand_for_all():
-    """In what is foretold and what it costs, and in nothing else."""
-    probe = fake(lambda s, z, v: 0.9 - s * (1 + z) / (v + 2), variants=5)
-    asked = dataclasses.replace(probe.questions, scouted=(0, 3, 4))
-    some = probe.replace(questions=asked)  # pyright: ignore[reportAttributeAccessIssue]
-    draws, strength, images = jnp.asarray([0.1, 0.7]), jnp.float32(0.2), jnp.arange(50, 90)
-    one, after = some.logits(draws[0], strength, images)
-    close(one, probe.logits(draws[0], strength, images)[0][jnp.array([0, 3, 4])])
-    assert jax.tree.leaves(after.bill) == [0, 3, 3 * 40]
-    both, after = some.logits_of(draws, strength, images)
-    close(both[0], one)
-    assert jax.tree.leaves(after.bill) == [0, 6, 6 * 40]
-    assert some.accuracy(draws[0], strength)[0].shape == (5,)
 
 
 @pytest.mark.parametrize("variants", [1, 2, 5])

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from scheme_rounds import DATA, LAST, M, W, copies, flat, issued, joined, joined_clients, still
 
 from noisefl import noise, schemes
-from noisefl.cohort import Members
 from noisefl.schemes.noised import left, left_of_late
 
 WIDE = {"last": {"kernel": jnp.ones((50, 40)), "bias": jnp.ones(40)}}  # RMS 1: ξ is r times a unit
@@ -294,11 +293,3 @@ def test_damped_steps_are_those_of_a_smaller_rate(own, damping):
     smaller = rate * (1 + r**2) ** (-damping / 2)
     fed.assert_same(after(rate, damping=damping), after(smaller), **fed.CLOSE)
     fed.assert_same(after(rate, 9, damping=damping), after(rate, 9), **fed.CLOSE)
-
-
-def test_a_few_of_many_copies_are_scouted_and_always_what_a_coalition_has():
-    clients = jnp.zeros(10, jnp.int32)
-    ten = Members(clients, clients, clients, 10)
-    assert schemes.own_noise().scouted(ten) == (0, 1, 2, 3)
-    assert schemes.own_noise(coalition=2.0).scouted(ten) == (0, 1, 2, 3, 10)
-    assert schemes.Noised().scouted(ten) == ()

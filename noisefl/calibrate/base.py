@@ -50,7 +50,6 @@ class Questions:
     logits: Callable[[Draw, jax.Array, jax.Array, jax.Array, Any], jax.Array]  # [n, C]
     clean: Callable[[jax.Array, Any], jax.Array]  # [n, C]
     below: Callable[[jax.Array], jax.Array] | None = None  # [n, …]
-    scouted: tuple[int, ...] = ()  # variants whose logits stand for those of all; empty: all
 
 
 @struct.dataclass
@@ -129,34 +128,27 @@ class Probe:
         found = self.questions.clean(images, shared)
         return found, self._paid(evaluations=1, samples=images.size)
 
-    @property
-    def scouted(self) -> tuple[int, ...]:
-        """The s variants whose logits stand for those of all: what is foretold of them is of copies
-        that are as good as the others, by chance alone. Verdicts are on all V."""
-        return self.questions.scouted or tuple(range(self.variants))
-
     def _logits(self, draw: Draw, strength: jax.Array, images: jax.Array, shared: Any) -> jax.Array:
         def of(variant: Any) -> jax.Array:
             return self.questions.logits(draw, strength, jnp.int32(variant), images, shared)
 
-        if len(self.scouted) <= 2:  # a loop of its own costs more than it saves
-            return jnp.stack([of(variant) for variant in self.scouted])
-        return lax.map(of, jnp.asarray(self.scouted, jnp.int32))
+        if self.variants <= 2:  # a loop of its own costs more than it saves
+            return jnp.stack([of(variant) for variant in range(self.variants)])
+        return lax.map(of, jnp.arange(self.variants, dtype=jnp.int32))
 
     def logits(
         self, draw: Draw, strength: jax.Array, images: jax.Array, shared: Any = None
     ) -> tuple[jax.Array, "Probe"]:
-        """Logits [s, n, C] of the scouted copies on a few images. s models, s · n images."""
+        """Logits [V, n, C] of all copies on a few images. V models, V · n images, and no try."""
         found = self._logits(draw, strength, images, shared)
-        models = found.shape[0]
-        return found, self._paid(evaluations=models, samples=models * images.size)
+        return found, self._paid(evaluations=self.variants, samples=self.variants * images.size)
 
     def logits_of(
         self, draws: Draw, strength: jax.Array, images: jax.Array, shared: Any = None
     ) -> tuple[jax.Array, "Probe"]:
-        """`logits` of several draws [D, …] side by side: [D, s, n, C], for D times the price."""
+        """`logits` of several draws [D, …] side by side: [D, V, n, C], for D times the price."""
         found = jax.vmap(lambda draw: self._logits(draw, strength, images, shared))(draws)
-        models = found.shape[0] * found.shape[1]
+        models = found.shape[0] * self.variants
         return found, self._paid(evaluations=models, samples=models * images.size)
 
     def look(

@@ -231,11 +231,6 @@ class Calibrated(Scheme):
         """V, copies that differ; default one for each of the M slots."""
         return members.clients.shape[0]
 
-    def scouted(self, members: Members) -> tuple[int, ...]:
-        """Variants that stand for all when a strength is foretold, where copies are exchangeable
-        but for these; default (), all. Verdicts are on all in any case."""
-        return ()
-
     def draw(self, key: jax.Array, base: Params, judge: Judge) -> Draw:
         """What is random about the copies of a round; default the key alone."""
         return key
@@ -286,7 +281,6 @@ class Calibrated(Scheme):
             touched=self.touched(judge.model, judge.image_shape),
             draw=draw,
             copy=lambda draw, strength, variant: self.variant(base, draw, strength, variant),
-            scouted=self.scouted(members),
         )
         decision, evidence, probe, carry = self.calibrator.calibrate(
             keys.stream(key, "calibration"), judge.probe(base, copies), carry

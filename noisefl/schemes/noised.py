@@ -20,7 +20,6 @@ from noisefl.probing import Judge
 from noisefl.schemes.base import Calibrated, Carry, Issue, Slot
 
 Params = Any
-SCOUTED = 4  # of exchangeable copies, those whose strength is foretold
 Each = dict[Path, jax.Array]  # float32 [] of each noised parameter
 
 
@@ -248,14 +247,6 @@ class Noised(Calibrated):
         else:
             copies = self.common_draws * (2 if self.signs == "opposite" else 1)
         return copies + (self.coalition is not None)
-
-    def scouted(self, members: Members) -> tuple[int, ...]:
-        """Clients' own noise makes their copies exchangeable; what a coalition is left with is
-        better than they are."""
-        variants = self.variants(members)
-        if self.own == "no" or variants <= SCOUTED:
-            return ()
-        return (*range(SCOUTED), *([variants - 1] if self.coalition is not None else []))
 
     def init(self, key: jax.Array, base: Params) -> Carry:
         """`Kept` of sticky noise, else the calibrator's carry."""
