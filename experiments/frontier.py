@@ -51,8 +51,8 @@ OWN = {  # as in the preset `two_way`
 }  # fmt: skip
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
-    "pair": Curve({"scheme": "noised", "own": "no", **LAST}),
-    "pair-all": Curve({"scheme": "noised", "own": "no", **ALL}),
+    "pair": Curve({"scheme": "noised", "own": "absent", **LAST}),
+    "pair-all": Curve({"scheme": "noised", "own": "absent", **ALL}),
     "own-fresh": Curve({**OWN, "own": "fresh", "common": "0"}),
     "own-sticky": Curve({**OWN, "own": "sticky", "common": "0"}),
     "two-way": Curve({**OWN, "own": "sticky", "common": "0.5"}),

@@ -278,7 +278,7 @@ def test_the_pair_is_a_corner():
             np.testing.assert_allclose(copy[path], wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("own", ["no", "sticky"])
+@pytest.mark.parametrize("own", ["absent", "sticky"])
 @pytest.mark.parametrize("damping", [0.0, 1.0, 2.0])
 def test_damped_steps_are_those_of_a_smaller_rate(own, damping):
     """Of SGD, by the relative strength of the round; not in rounds that hand out W."""

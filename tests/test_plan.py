@@ -68,7 +68,7 @@ def other(name: str) -> str:
         return next((n for n in [*plain, *wraps] if n not in str(now).split("+")), "none")
     if flag.spec.choices:
         return next(one for one in flag.spec.choices if one not in (now, "preset"))
-    return "7" if flag.whole else "0.125"
+    return "7" if flag.whole else "1.5" if flag.spec.low >= 1 else "0.125"
 
 
 # A single run
@@ -149,7 +149,7 @@ def test_the_last_axis_varies_fastest_and_every_run_knows_its_place():
     ("axis", "message"),
     [
         ("owner=keep_best,keep_best+server_clients", "owner=keep_best, seed=0"),
-        ("scheme=warmup,pair", "scheme=warmup, seed=0"),
+        ("scheme=warmup,noised", "scheme=warmup, seed=0"),
     ],
 )
 def test_two_spellings_of_one_run_are_refused(axis, message):

@@ -92,8 +92,9 @@ def test_a_new_number_in_any_part_of_an_experiment_compiles_nothing():
     before = fed.step._cache_size()  # pyright: ignore
     seen = set()
     for place in walk(experiment):
-        if place.spec.traced:
+        if place.spec.traced and place.value is not None:
             value = 3 if place.spec.kind == "count" else 0.9 * place.value.item() + 0.01
+            value = max(value, place.spec.low)
             new = changed(experiment, type(place.owner), **{place.name: value})
             state, _ = fed.step(keys.root(len(seen)), state, fed.federation(seed=9), new)
             seen.add(place.name)
@@ -130,7 +131,7 @@ def still_round(counts, **fields):
     new, info = fed.step(keys.root(1), state, data, experiment)
     n, signs = np.asarray(info.members.counts), 1 - 2 * np.asarray(info.members.groups)
     secret = info.issue.secret
-    xi = noise.Where().scaled(state.base, secret.draw, secret.strength)
+    xi = noise.Where().scaled(state.base, secret.draw.common[0], secret.strength)
     return state.base, new.base, xi, float((n * signs).sum() / n.sum())
 
 

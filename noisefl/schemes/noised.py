@@ -183,8 +183,8 @@ class Noised(Calibrated):
         "opposite", ("opposite", "same"), "of common noise, for the clients of the two groups"
     )
     own: str = choice(
-        "no", ("no", "fresh", "sticky"),
-        "noise of each client's own: no, drawn anew a round, or the same in all",
+        "absent", ("absent", "fresh", "sticky"),
+        "noise of each client's own: absent, drawn anew a round, or the same in all",
     )  # fmt: skip
     common: Number = number(
         0.5, "ρ, of the noise's variance, is common noise, where clients have their own",
@@ -208,18 +208,18 @@ class Noised(Calibrated):
     def untrained(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.cancellation == "subtract":
             return "bitwise"
-        return "weighted" if self.own == "no" and self.signs == "opposite" else "expected"
+        return "weighted" if self.own == "absent" and self.signs == "opposite" else "expected"
 
     @property
     def moves(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return "smooth" if self.own == "sticky" else "linear"
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
-        alike = self.own == "no" and self.signs == "opposite"
+        alike = self.own == "absent" and self.signs == "opposite"
         if self.coalition is not None and alike:
             allowed = "two clients of opposite signs have W: needs --own, or --signs=same"
             raise refuse("coalition", np.asarray(self.coalition).tolist(), allowed)
-        fewest = self.common_draws if self.own == "no" or self.common_draws > 1 else 0
+        fewest = self.common_draws if self.own == "absent" or self.common_draws > 1 else 0
         if min(cohort.sizes) < fewest:
             allowed = f"each of the two groups needs a client for each of {fewest} draws"
             if fewest == 1:
@@ -231,7 +231,7 @@ class Noised(Calibrated):
         return self.on.paths(model, image_shape)
 
     def slots(self, cohort: Cohort) -> dict[str, int]:
-        if self.own != "no":
+        if self.own != "absent":
             return super().slots(cohort)
         names = ("plus", "minus") if self.signs == "opposite" else ("copy",)
         first = (0, cohort.sizes[0])
@@ -242,7 +242,7 @@ class Noised(Calibrated):
 
     def variants(self, members: Members) -> int:
         """Copies that differ, and last what a coalition is left with, where that is judged."""
-        if self.own != "no":
+        if self.own != "absent":
             copies = super().variants(members)
         else:
             copies = self.common_draws * (2 if self.signs == "opposite" else 1)
@@ -259,7 +259,7 @@ class Noised(Calibrated):
     def draw(self, key: jax.Array, base: Params, judge: Judge) -> Drawn:
         """What does not hang on who takes part."""
         paths = self.touched(judge.model, judge.image_shape)
-        shared = key if self.own == "no" else keys.stream(key, "common")
+        shared = key if self.own == "absent" else keys.stream(key, "common")
         each = [shared, *(keys.stream(shared, "draw", d) for d in range(1, self.common_draws))]
         rest = {}
         if self.coalition is not None:
@@ -276,9 +276,9 @@ class Noised(Calibrated):
 
         def draw(key: jax.Array) -> Drawn:
             drawn = self.draw(key, base, judge)
-            if self.common_draws > 1 or (self.own != "no" and self.signs == "opposite"):
+            if self.common_draws > 1 or (self.own != "absent" and self.signs == "opposite"):
                 drawn = drawn._replace(groups=members.groups)
-            if self.own == "no":
+            if self.own == "absent":
                 return drawn
             own = self.on.keys(kept.key if self.own == "sticky" else keys.stream(key, "own"), paths)
             return drawn._replace(own=own, sticky=sticky, clients=members.clients)
@@ -305,7 +305,7 @@ class Noised(Calibrated):
         """
         zero = {path: jnp.float32(0) for path in paths}
         whole = {p: strength * scale for p, scale in self.on.unit_scale(base, paths).items()}
-        if self.own == "no":
+        if self.own == "absent":
             return Deviations(whole, zero, zero)
         shares = jnp.sqrt(self.common), jnp.sqrt(1 - self.common)
         common, own = ({path: share * whole[path] for path in paths} for share in shares)
@@ -327,7 +327,7 @@ class Noised(Calibrated):
 
         def of_client() -> Draw:
             group = place = 0
-            if self.own == "no":
+            if self.own == "absent":
                 place, group = variant // sides, variant % sides
             elif self.common_draws > 1 or sides == 2:
                 group, place = draw.groups[variant], self._in_turn(draw, variant)
@@ -336,7 +336,7 @@ class Noised(Calibrated):
             if self.common_draws > 1:
                 common = jax.tree.map(lambda *each: jnp.stack(each)[place], *draw.common)
             noise = {path: sign * (scales.common[path] * common[path]) for path in paths}
-            if self.own == "no":
+            if self.own == "absent":
                 return noise
             unit = self.on.unit(base, draw.own, draw.clients[variant])
             own = scales.sticky if self.own == "sticky" else scales.fresh
@@ -353,7 +353,7 @@ class Noised(Calibrated):
             path: left_of_late(*(jnp.square(kind[path]) for kind in scales), *among)  # pyright: ignore
             for path in paths
         }
-        copies = self.common_draws * sides if self.own == "no" else draw.clients.shape[0]
+        copies = self.common_draws * sides if self.own == "absent" else draw.clients.shape[0]
         return noise.apply(base, jax.lax.cond(variant == copies, of_coalition, of_client), 1)
 
     def relative_strength(
@@ -382,7 +382,7 @@ class Noised(Calibrated):
 
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
         draw, variant = issue.secret.draw, slot.index
-        if self.own == "no":
+        if self.own == "absent":
             sides = 2 if self.signs == "opposite" else 1
             place = self._in_turn(draw, slot.index) if self.common_draws > 1 else 0
             variant = sides * place + (slot.group if sides == 2 else 0)
