@@ -154,12 +154,12 @@ def assert_complete(out: Path) -> None:
     assert {file.name for file in out.iterdir()} == {"sweep.json", "runs", "batches"}
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+def one_line(capsys: pytest.CaptureFixture[str], program: str = "experiments.run") -> str:
     """All that was said: one complaint."""
     printed, err = capsys.readouterr()
     assert printed == ""
     (line,) = err.splitlines()
-    assert line.startswith(("experiments.run: ", "experiments.frontier: "))
+    assert line.startswith(f"{program}: ")
     return line
 
 

@@ -138,6 +138,7 @@ def test_bad_input_is_one_clear_line(args, wanted, capsys):
     printed, err = capsys.readouterr()
     assert printed == ""
     (line,) = err.splitlines()
+    assert line.startswith("experiments.frontier: ")
     for words in wanted:
         assert words in line
 

@@ -112,8 +112,9 @@ class Progress:
     def concluding(self, lanes: int, width: int) -> None:
         """The rounds of the batch are done, and its measures look back: thieves of so many of its
         lanes are through."""
-        at = "at work on what they have seen" if width <= 2 else f"of {lanes}/{width} lanes done"
-        self._show(f"round {self._rounds}/{self._rounds}; thieves {at}", now=True)
+        at = f"of {lanes}/{width} lanes done" if lanes else "at work on what they have seen"
+        if lanes < width:
+            self._show(f"round {self._rounds}/{self._rounds}; thieves {at}", now=True)
 
     def finished(self, runs: int) -> None:
         """The batch's runs are on disk."""

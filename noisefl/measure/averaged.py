@@ -23,7 +23,7 @@ class Averaged(Regular):
     place.
     """
 
-    members: int = size(2, "c, of a coalition", unit="clients")
+    members: int = size(2, "c, of a coalition; of all M where there are fewer", unit="clients")
 
     def update(
         self, experiment: Experiment, before: State, after: State, info: RoundInfo,

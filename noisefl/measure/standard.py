@@ -27,8 +27,7 @@ class Standard(Regular):
         1000, "test images for clients' own models; 0: all", unit="images", low=0
     )
     averaged: int = size(
-        1, "c, clients of a coalition, the mean of whose copies is measured as well; 1: none",
-        unit="clients",
+        1, "c, the mean of whose copies is measured; 1: none", unit="clients",
     )  # fmt: skip
     thieves: Following | None = child(None, "what thieves make of it in the end", none="nothing")
     more: tuple[Measure, ...] = children((), "measures of your own beside them")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from noisefl import keys, noise
@@ -148,9 +147,10 @@ class Noised(Calibrated):
     as if it had been that of all J; so are the copies. c = J = 1 is the cap on a copy.
 
     *Damping.* What a layer below the noise learns comes back through it, √(1 + r²) times as large
-    as without, r = (RMS of ξ) / (RMS of the noised parameters). Steps that are stable without noise
-    are then too large, and runs break down; divided by that, damping 1, they do not. Where r is 0
-    nothing is damped.
+    as without, r = (RMS of ξ) / (RMS of the noised parameters), so that steps that are stable
+    without noise may be too large; damping 1 divides them by that. Through several noised layers
+    the factors multiply, and more is needed. Where r is 0 nothing is damped (BUILD_NOTES.md,
+    "Stability").
 
     Attributes:
       common_draws: D; the clients of a group have them in turn.
@@ -179,12 +179,10 @@ class Noised(Calibrated):
 
     on: Where = child(Where, "which parameters carry noise")
     common_draws: int = size(1, "D, draws of common noise a round", unit="draws")
-    signs: str = choice(
-        "opposite", ("opposite", "same"), "of common noise, for the clients of the two groups"
-    )
+    signs: str = choice("opposite", ("opposite", "same"), "of common noise, in the two groups")
     own: str = choice(
         "absent", ("absent", "fresh", "sticky"),
-        "noise of each client's own: absent, drawn anew a round, or the same in all",
+        "a client's own noise, drawn anew a round, or the same in all",
     )  # fmt: skip
     common: Number = number(
         0.5, "ρ, of the noise's variance, is common noise, where clients have their own",
@@ -195,12 +193,10 @@ class Noised(Calibrated):
         "noise is left in, subtracted, or the groups reweighted to ½ and ½",
     )  # fmt: skip
     damping: Number | None = number(
-        None, "d, clients' steps are divided by (1 + r²)^(d/2), for runs that do not break down",
-        low=0, none="steps as they are",
+        None, "d, local steps are divided by (1 + r²)^(d/2)", low=0, none="steps as they are",
     )  # fmt: skip
     coalition: Number | None = number(
-        None, "c, clients of whose best average the cap holds as well", unit="clients", low=1,
-        none="of copies alone",
+        None, "c, whose best average is under the cap too", unit="clients", low=1, none="no cap",
     )  # fmt: skip
     coalition_rounds: Number = number(1.0, "J, rounds that such a coalition has", low=1)
 
@@ -215,10 +211,9 @@ class Noised(Calibrated):
         return "smooth" if self.own == "sticky" else "linear"
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
-        alike = self.own == "absent" and self.signs == "opposite"
-        if self.coalition is not None and alike:
-            allowed = "two clients of opposite signs have W: needs --own, or --signs=same"
-            raise refuse("coalition", np.asarray(self.coalition).tolist(), allowed)
+        if self.coalition is not None and (self.own, self.signs) == ("absent", "opposite"):
+            allowed = "two clients have W, and no coalition a cap: must be same, or own another one"
+            raise refuse("signs", self.signs, allowed)
         fewest = self.common_draws if self.own == "absent" or self.common_draws > 1 else 0
         if min(cohort.sizes) < fewest:
             allowed = f"each of the two groups needs a client for each of {fewest} draws"
@@ -335,12 +330,12 @@ class Noised(Calibrated):
             common = draw.common[0]
             if self.common_draws > 1:
                 common = jax.tree.map(lambda *each: jnp.stack(each)[place], *draw.common)
-            noise = {path: sign * (scales.common[path] * common[path]) for path in paths}
+            xi = {path: sign * (scales.common[path] * common[path]) for path in paths}
             if self.own == "absent":
-                return noise
+                return xi
             unit = self.on.unit(base, draw.own, draw.clients[variant])
             own = scales.sticky if self.own == "sticky" else scales.fresh
-            return {path: noise[path] + own[path] * unit[path] for path in paths}
+            return {path: xi[path] + own[path] * unit[path] for path in paths}
 
         def of_coalition() -> Draw:
             unit = self.on.unit(base, draw.rest)
