@@ -71,7 +71,12 @@ def test_the_mean_of_what_a_coalition_received_is_as_good_as_the_reference_says(
     made = measure.Averaged(members=members)
     wrapper: Any = experiment.scheme
     number = jnp.int32(int(wrapper.warmup_rounds) + 1)
-    state = fed.replaced(fed.start(experiment), round=number, measured=())
+    state = fed.start(experiment)
+    base = jax.tree_util.tree_map_with_path(  # of large biases, so that a sum is not as good as a mean
+        lambda path, w: w + jnp.cos(9 * jnp.arange(w.size)) * ("bias" in str(path[-1]))
+        if w.ndim == 1 else w, state.base
+    )  # fmt: skip
+    state = fed.replaced(state, base=base, round=number, measured=())
     _, numbers = simulate.measured_step(fed.KEY, state, DATA, experiment, made)
     _, info = fed.step(fed.KEY, state, DATA, experiment)
     groups = np.asarray(info.members.groups).tolist()

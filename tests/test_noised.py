@@ -187,6 +187,16 @@ def test_two_strengths_do_not_cancel_sticky_noise(common):
     assert found >= sticky / M * (1 - CLOSE)
 
 
+def test_a_round_that_hands_out_w_bare_forgets_no_scale():
+    """Nor does one before the first noise set it."""
+    xi = xi_of(schemes.own_noise("sticky", 0.5, on=LAST), [0.0, 2.0, 0.0, 3.0])
+    assert not xi[0].any()
+    assert not xi[2].any()
+    differences = xi[:, 0] - xi[:, 1]
+    np.testing.assert_allclose(differences[3], differences[1], atol=1e-5)
+    assert np.mean(differences[3] ** 2) == pytest.approx(2 * 0.5 * 2.0**2, rel=CLOSE)
+
+
 def test_sticky_noise_is_of_the_client_and_not_of_its_slot():
     scheme = schemes.own_noise("sticky", calibrator=still(1.0))
     issue, members, carry = issued(scheme)
@@ -219,9 +229,10 @@ def test_each_draw_goes_to_its_clients():
                                   xi_of(schemes.Noised(on=LAST), [1.0])[0][0])  # fmt: skip
 
 
-@pytest.mark.parametrize("own", ["fresh", "sticky"])
-def test_what_is_judged_for_a_coalition_has_the_variance_that_is_left(own):
-    scheme = schemes.own_noise(own, 0.4, on=LAST, coalition=3.0, coalition_rounds=2.0)
+@pytest.mark.parametrize(("own", "share"), [("fresh", 0.4), ("sticky", 0.4), ("sticky", 0.1)])
+def test_what_is_judged_for_a_coalition_has_the_variance_that_is_left(own, share):
+    """With little common noise, what early rounds give away counts."""
+    scheme = schemes.own_noise(own, share, on=LAST, coalition=3.0, coalition_rounds=2.0)
     carry = None
     for t, strength in enumerate((2.0, 3.0)):
         now = scheme.replace(calibrator=still(strength))
@@ -232,9 +243,11 @@ def test_what_is_judged_for_a_coalition_has_the_variance_that_is_left(own):
         xi, of_copy = (np.concatenate([np.ravel(x - 1) for x in jax.tree.leaves(model)])
                        for model in (judged, first))  # fmt: skip
         total = strength**2
-        kinds = (0.4 * total, 0.6 * total, 0.0)
+        kinds = (share * total, (1 - share) * total, 0.0)
         if own == "sticky":
-            kinds = (total - 0.6 * 4.0, 0.0, 0.6 * 4.0)
+            kinds = (total - (1 - share) * 4.0, 0.0, (1 - share) * 4.0)
+        if (share, strength) == (0.1, 2.0):
+            assert left_of_late(*kinds, 3, 2) < 0.6 * left(*kinds, 3, 2)
         assert np.mean(xi**2) == pytest.approx(float(left_of_late(*kinds, 3, 2)), rel=CLOSE)
         assert abs(np.mean(xi * of_copy)) < CLOSE * total
         assert issue.accuracy.shape == (M,)
