@@ -5,11 +5,16 @@ non-IID, several seeds), with the same keys; each pair that ships is judged on 1
 disjoint from the 10,000 of validation that calibrators see. Then whole runs with each calibrator on
 paired seeds. Every rule has its default settings, which know no data set. `--quick` is a smaller
 version of all that.
+
+The scheme is the source's pair, or what `--driver` says: `--driver='--preset=two_way --coalition=5'`
+judges ten clients' own copies and what five of them are left with. A rule that the scheme has already
+keeps the settings that it has there.
 """
 
 import importlib
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +32,7 @@ import noisefl
 from experiments.bench import command, figures
 from experiments.bench.figures import CAP, strength_ratio
 from experiments.bench.judge import Judge, make_judge
+from experiments.sweep import options
 from noisefl import (
     Experiment,
     Federation,
@@ -45,7 +51,8 @@ _QUICK = flags.DEFINE_bool("quick", False, "at most 3 minutes on two cores")
 _MODULES = flags.DEFINE_list("modules", [], "modules of calibrators of your own")
 _CALIBRATORS = flags.DEFINE_list("calibrators", None, "which; all that there are if not given")
 _MODEL = flags.DEFINE_enum("model", "lenet5", list(models.MODELS), "model")
-_LAYERS = flags.DEFINE_string("noise_layers", "last", "as in experiments.run")
+_LAYERS = flags.DEFINE_string("noise_layers", "last", "of the pair, as in experiments.run")
+_DRIVER = flags.DEFINE_string("driver", "", "flags of experiments.run that say another scheme")
 _SEEDS = flags.DEFINE_integer("seeds", 0, "of bases and runs; 0: 1 quick, else 4", 0)
 _REPEATS = flags.DEFINE_integer("repeats", 0, "keys a base; 0: 3 quick, else 7", 0)
 _ROUNDS = flags.DEFINE_integer("rounds", 0, "of whole runs; 0: 4 quick, else 15", 0)
@@ -69,7 +76,7 @@ class Base(NamedTuple):
 class Compiled(NamedTuple):
     """One calibrator and its programs."""
 
-    rule: calibrate.Calibrator
+    scheme: schemes.Calibrated
     experiment: Experiment
     function: Any  # (key, base, data, carry) → (secret, feasible, bill, carry), not compiled
     calibration: Any  # the same, compiled
@@ -80,9 +87,9 @@ def main(argv: list[str]) -> None:
     rules = command.checked("bench_calibration", argv, check, _JSON.value)
     seeds = _SEEDS.value or (1 if _QUICK.value else 4)
     repeats = _REPEATS.value or (3 if _QUICK.value else 7)
-    pair = pair_of(calibrate.Predictive)
-    usual = experiment_of(pair)
-    judge = make_judge(usual, pair)
+    scheme = scheme_of(calibrate.Predictive)
+    usual = experiment_of(scheme)
+    judge = make_judge(usual, scheme)
     bases, round_seconds = train_bases(usual, seeds, judge)
     results = []
     for name, compiled in compile_all(rules, bases[0]).items():
@@ -91,7 +98,8 @@ def main(argv: list[str]) -> None:
         print(f"{len(results)}/{len(rules)} {name}", file=sys.stderr, flush=True)
     figures.against_source(results)
     console = Console(highlight=False, width=max(Console().width, 110))
-    title = f"{_MODEL.value}, noise on {_LAYERS.value}; {len(bases) * repeats} calibrations each"
+    what = _DRIVER.value or f"noise on {_LAYERS.value}"
+    title = f"{_MODEL.value}, {what}; {len(bases) * repeats} calibrations each"
     console.print(command.table(title, list(map(figures.line, results))))
     command.write(_JSON.value, results)
     figures.picture(results, _PICTURE.value)
@@ -109,19 +117,30 @@ def check() -> dict[str, type]:
     if _ROUNDS.value == 1:
         raise refuse("rounds", 1, "must be 0 or at least 2: the first has no noise")
     Path(_PICTURE.value).parent.mkdir(parents=True, exist_ok=True)
-    pair = pair_of(known[chosen[0]])
-    pair.touched(experiment_of(pair).functions, (28, 28, 1))
+    for name in chosen:
+        scheme = scheme_of(known[name])
+        scheme.touched(experiment_of(scheme).functions, (28, 28, 1))
     return {name: known[name] for name in chosen}
 
 
-def pair_of(rule: type) -> schemes.Noised:
+def scheme_of(rule: type) -> schemes.Calibrated:
     """The scheme with that calibrator: its defaults, but for SETTINGS."""
     own = {name: value for name, value in SETTINGS.items() if name in parts.specs(rule)}
-    return schemes.Noised(on=noise.layers(_LAYERS.value, relative=True), calibrator=rule(**own))
+    if not _DRIVER.value:
+        on = noise.layers(_LAYERS.value, relative=True)
+        return schemes.Noised(on=on, calibrator=rule(**own))
+    asked = options.parse(["--driver", *shlex.split(_DRIVER.value)])
+    scheme: Any = asked and asked.setup({}).experiment.scheme
+    while isinstance(scheme, schemes.Wrapper):
+        scheme = scheme.inner
+    if not isinstance(scheme, schemes.Calibrated):
+        raise refuse("driver", _DRIVER.value, "must be flags of a scheme that is calibrated")
+    there = scheme.calibrator
+    return scheme.replace(calibrator=there.replace(**own) if type(there) is rule else rule(**own))
 
 
-def experiment_of(pair: schemes.Noised) -> Experiment:
-    return Experiment(models.by_name(_MODEL.value, 10), scheme=schemes.Warmup(pair)).resolved()
+def experiment_of(scheme: schemes.Calibrated) -> Experiment:
+    return Experiment(models.by_name(_MODEL.value, 10), scheme=schemes.Warmup(scheme)).resolved()
 
 
 def federation(partition: str, seed: int) -> Federation:
@@ -165,18 +184,19 @@ def compile_all(rules: dict[str, type], like: Base) -> dict[str, Compiled]:
     root = keys.root(0)
 
     def one(cls: type) -> Compiled:
-        pair = pair_of(cls)
-        experiment, rule = experiment_of(pair), pair.calibrator
+        scheme = scheme_of(cls)
+        experiment = experiment_of(scheme)
 
         def calibration(key: Any, base: Any, data: Federation, carry: Any) -> Any:
             members, judge = experiment.cohort.draw(key, data.counts), experiment.judge(data)
-            issue, carry = pair.issue(key, jnp.int32(2), base, base, members, judge, carry)
+            issue, carry = scheme.issue(key, jnp.int32(2), base, base, members, judge, carry)
             return issue.secret, issue.feasible, issue.bill, carry
 
-        lowered = jax.jit(calibration).lower(root, like.params, like.data, rule.init())
+        carry = scheme.init(root, like.params)
+        lowered = jax.jit(calibration).lower(root, like.params, like.data, carry)
         state = jax.eval_shape(lambda key: noisefl.init(key, experiment, like.data), root)
         step = jax.jit(noisefl.step).lower(root, state, like.data, experiment)
-        return Compiled(rule, experiment, calibration, lowered.compile(), step.compile())
+        return Compiled(scheme, experiment, calibration, lowered.compile(), step.compile())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(rules, pool.map(one, rules.values()), strict=True))
@@ -187,12 +207,12 @@ def measure(
     judge: Judge,
 ) -> dict[str, Any]:  # fmt: skip
     """Calibrates every base `repeats` times; the carry goes along the rounds of a run."""
-    rows, seconds, rule = [], [], compiled.rule
+    rows, seconds, carry = [], [], None
     for repeat in range(repeats):
-        carry = rule.init()
         for index, base in enumerate(bases):
-            carry = rule.init() if base.first else carry
             key = keys.stream(keys.root(repeat), "base", index)
+            if base.first:
+                carry = compiled.scheme.init(keys.stream(key, "scheme"), base.params)
             begin = time.perf_counter()
             secret, feasible, bill, carry = jax.block_until_ready(
                 compiled.calibration(key, base.params, base.data, carry)
@@ -210,7 +230,7 @@ def measure(
             )
     middle, mean = float(np.median(seconds)), float(np.mean(seconds))
     return {
-        **figures.summary(name, rule.guarantee, rows),
+        **figures.summary(name, compiled.scheme.calibrator.guarantee, rows),
         "wall_seconds": middle,
         "wall_seconds_mean": mean,
         # The median is of usual calibrations; the mean has the few that read on as well.
@@ -223,7 +243,7 @@ def measure(
 
 def lanes(compiled: Compiled, base: Base) -> dict[str, Any]:
     """Seconds a lane of one lane, and of many under vmap, which wait for the slowest."""
-    seconds, carry = {}, compiled.rule.init()
+    seconds, carry = {}, compiled.scheme.init(keys.root(7), base.params)
     for count in (1, _LANES.value):
         many = jax.random.split(keys.root(7), count)
         carries = jax.tree.map(lambda leaf, n=count: jnp.stack([leaf] * n), carry)

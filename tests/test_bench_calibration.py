@@ -17,6 +17,7 @@ from bench_flags import check_refusals
 from experiments import bench_calibration
 from experiments.bench import figures, judge
 from noisefl import Experiment, calibrate, models, noise, parts, schemes
+from noisefl.cohort import Cohort
 from noisefl.data import Federation, Images
 from noisefl.schemes.noised import Drawn
 
@@ -72,8 +73,8 @@ def test_what_is_measured_of_each_calibration(monkeypatch):
     def around(*_):
         return np.where(figures.RATIOS < 0.8, 0.7, 0.6)
 
-    rule = SimpleNamespace(init=lambda: 0, guarantee=VOUCHED)
-    compiled: Any = SimpleNamespace(rule=rule, calibration=calibration)
+    scheme = SimpleNamespace(init=lambda *_: 0, calibrator=SimpleNamespace(guarantee=VOUCHED))
+    compiled: Any = SimpleNamespace(scheme=scheme, calibration=calibration)
     fake: Any = SimpleNamespace(copies=copies, around=around)
     found = bench_calibration.measure("predictive", compiled, bases, 2, 7.0, fake)
     # The carry goes along the bases of one run, and no further.
@@ -111,7 +112,7 @@ def test_the_judge_judges_the_copies():
     some = jnp.asarray(images[:9]), jnp.asarray(labels[:9], jnp.int32)
     test = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
     data = Federation(
-        Images(*some, *test), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), *some
+        Images(*some, *test), jnp.zeros((10, 1), jnp.int32), jnp.ones(10, jnp.int32), *some
     )
     made = judge.make_judge(experiment, pair)
     wanted = [np.mean(guess(copy(sign * 2.0)) == labels) for sign in (1, -1)]
@@ -163,15 +164,55 @@ def test_it_writes_what_it_measured_of_your_own_rule_too(tmp_path):
 
 
 def test_all_rules_are_measured_with_the_same_cap_and_bound(monkeypatch):
+    monkeypatch.setattr(bench_calibration, "_DRIVER", SimpleNamespace(value=""))
     monkeypatch.setattr(bench_calibration, "_LAYERS", SimpleNamespace(value="last"))
     for cls in parts.implementations(calibrate.Calibrator):
-        rule = bench_calibration.pair_of(cls).calibrator
+        rule = bench_calibration.scheme_of(cls).calibrator
         assert rule.cap == np.float32(0.6)
         assert getattr(rule, "strength_max", 50) == 50
 
 
+def test_another_scheme_keeps_its_own_settings_of_the_rule(monkeypatch):
+    flags = "--preset=two_way --coalition=5 --draws=1 --cap=0.3"
+    monkeypatch.setattr(bench_calibration, "_DRIVER", SimpleNamespace(value=flags))
+    scheme: Any = bench_calibration.scheme_of(calibrate.Predictive)
+    assert (scheme.own, scheme.coalition, scheme.calibrator.draws) == ("sticky", 5, 1)
+    assert scheme.calibrator.cap == np.float32(0.6)
+    other = bench_calibration.scheme_of(calibrate.Bisection).calibrator
+    assert isinstance(other, calibrate.Bisection)
+    assert other.cap == np.float32(0.6)
+
+
+def test_what_a_coalition_is_left_with_is_judged_as_well():
+    """Last of all, by its own draw: without own noise in it, of the variance that is left."""
+    cohort = Cohort(clients_per_round=4)
+    experiment = Experiment(models.by_name("mlp", 10), cohort=cohort).resolved()
+    scheme = schemes.own_noise("fresh", 0.5, on=noise.layers("last"), coalition=2)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (300, 6, 6, 1), np.uint8))
+    base = experiment.functions.init(jax.random.key(0), (6, 6, 1))
+    labels = jnp.argmax(experiment.functions.apply(base, images / 255), axis=1).astype(jnp.int32)
+    some = images[:9], labels[:9]
+    data = Federation(
+        Images(*some, images, labels), jnp.zeros((8, 1), jnp.int32), jnp.ones(8, jnp.int32), *some
+    )
+    judged = experiment.judge(data)
+    draw = scheme.draw(jax.random.key(1), base, judged)
+    keys = scheme.on.keys(jax.random.key(2), scheme.touched(judged.model, (6, 6, 1)))
+    draw = draw._replace(own=keys, clients=jnp.arange(4), groups=jnp.zeros(4, jnp.int32))
+    made = judge.make_judge(experiment, scheme)
+    found = made.copies(base, data, draw, 0.5)
+    assert found.shape == (5,)
+    last = scheme.variant(base, draw, jnp.float32(0.5), jnp.int32(4))
+    right = jnp.argmax(experiment.functions.apply(last, images / 255), axis=1) == labels
+    assert found[4] == pytest.approx(float(jnp.mean(right)))
+    assert found[4] > jnp.max(found[:4])
+
+
 def test_bad_input_is_one_line():
     says = {
+        "--driver=--scheme=statistics": "must be flags of a scheme that is calibrated",
+        "--driver=--capp=1": "capp",
         "--calibrators=predictiv": "calibrators='predictiv': must be one of additive",
         "--modules=no.such": "No module named 'no'",
         "--noise_layers=conv9": "noise_layers='conv9': must be first, last, all, or",

@@ -72,7 +72,7 @@ def test_the_mean_of_what_a_coalition_received_is_as_good_as_the_reference_says(
     wrapper: Any = experiment.scheme
     number = jnp.int32(int(wrapper.warmup_rounds) + 1)
     state = fed.start(experiment)
-    base = jax.tree_util.tree_map_with_path(  # of large biases, so that a sum is not as good as a mean
+    base = jax.tree_util.tree_map_with_path(  # large biases: a sum is not as good as a mean
         lambda path, w: w + jnp.cos(9 * jnp.arange(w.size)) * ("bias" in str(path[-1]))
         if w.ndim == 1 else w, state.base
     )  # fmt: skip

@@ -16,7 +16,7 @@ class Judge(NamedTuple):
     """Test accuracies, jitted once for all calibrators."""
 
     owner: Any  # (params, data) → float32 []
-    copies: Any  # (base, data, draw, strength) → float32 [V], of the copies that shipped
+    copies: Any  # (base, data, draw, strength) → float32 [V], of all that was to be under the cap
     around: Any  # the same → float32 [G], the highest one at RATIOS times the strength; where the
     # model is not cut below the noise, on 1,000 test images
 
@@ -28,8 +28,9 @@ def make_judge(experiment: Experiment, scheme: schemes.Calibrated) -> Judge:
     def probe(base: Any, data: Any, size: int | None = None) -> Probe:
         judge = on_test.judge(data)
         judge = judge._replace(images=judge.images[:size], labels=judge.labels[:size])
+        members = jax.eval_shape(experiment.cohort.draw, jax.random.key(0), data.counts)
         copies = Copies(
-            variants=len(scheme.slots(experiment.cohort)),
+            variants=scheme.variants(members),
             moves=scheme.moves,
             touched=scheme.touched(judge.model, judge.image_shape),
             draw=lambda key: scheme.draw(key, base, judge),
