@@ -6,9 +6,9 @@ disjoint from the 10,000 of validation that calibrators see. Then whole runs wit
 paired seeds. Every rule has its default settings, which know no data set. `--quick` is a smaller
 version of all that.
 
-The scheme is the source's pair, or what `--driver` says: `--driver='--preset=two_way --coalition=5'`
-judges ten clients' own copies and what five of them are left with. A rule that the scheme has already
-keeps the settings that it has there.
+The scheme is the source's pair, or what `--driver` says: with `--driver='--preset=two_way
+--coalition=5'` ten clients' own copies are judged, and what five of them are left with. A rule that
+the scheme has already keeps the settings that it has there.
 """
 
 import importlib
