@@ -31,7 +31,7 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
         f"lanes x clients), {len(prepared)} compilations",
         title_justify="left",
     )
-    for column in ("group", "runs", "at once", "batches", "compile", "memory a device", "time"):
+    for column in ("group", "runs", "at once", "batches", "compile", "memory a\ndevice", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     total = 0.0
     talk = Console(stderr=True, highlight=False, quiet=not hosts.first())
