@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from experiments import run
-from experiments.flags.grid import Axis, parse_axis
+from experiments.flags.grid import parse_axis
 from experiments.report import frontier as reported
 from experiments.sweep import hosts
 from experiments.sweep.options import CommandLine, parse
@@ -219,14 +219,7 @@ def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
                 texts = {**own, **PARTITIONS[partition]}
                 point = {flag: command.known[flag].parse(text) for flag, text in texts.items()}
                 found.append({**point, **dict(zip(varied, numbers, strict=True))})
-    axes: dict[str, dict[Any, None]] = {}
-    for point in found:
-        for name, value in point.items():
-            axes.setdefault(name, {})[value] = None
-    made = tuple(Axis(name, tuple(values)) for name, values in axes.items())
-    command = dataclasses.replace(command, axes=made, points=tuple(found))
-    command.setups()
-    return command
+    return command.at(found)
 
 
 def chosen(curve: Curve, number: int) -> tuple[str, ...]:

@@ -1,48 +1,133 @@
-"""The studies: their flags are the driver's, each reading is another run, and what they measure is
-what closed forms say."""
+"""The studies: their sweeps as they are planned, their tables from folders made by hand, and what
+they measure against closed forms."""
 
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments.studies import early_noise
+from experiments.studies import early_noise, readings
+from experiments.sweep.plan import plan
 from noisefl.local import Own
 
-CODE = """
-import json, pathlib
-from absl import flags
-flags.FLAGS.mark_as_parsed()
-from experiments.studies.readings import READINGS, command
-from experiments.sweep.options import parse
-lines = {name: ["run", *command(name, "0", pathlib.Path("out"))] for name in READINGS}
-print(json.dumps({name: parse(line).setup({}).flags for name, line in lines.items()}))
-"""
+
+def test_the_fraction_is_balanced_and_every_reading_another_run():
+    chosen = readings.fraction()
+    assert chosen == readings.fraction()
+    assert len({json.dumps(one) for one in chosen}) == len(chosen) == 180
+    assert math.prod(map(len, readings.READINGS.values())) == 1440
+    for layer in readings.COMPILED["noise_layers"]:
+        of = [one for one in chosen if one["noise_layers"] == layer]
+        for flag, answers in readings.READINGS.items():
+            if flag != "noise_layers":
+                each = [sum(one[flag] == answer for one in of) for answer in answers]
+                assert each == [len(of) // len(answers)] * len(answers)
+    command = readings.planned("screen", chosen, Path("out"), [])
+    assert command is not None
+    found = command.setups()
+    assert len({json.dumps(setup.flags, sort_keys=True) for _, setup in found}) == 180
+    assert {setup.driver.seed for _, setup in found} == {100}  # of none that is settled
+    flags = next(setup.flags for values, setup in found if values["owner"].startswith("feeds"))
+    assert (flags["calibrator"], flags["warmup_rounds"]) == ("predictive", 1)
 
 
-def test_each_reading_is_another_run():
-    command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len({json.dumps(flags) for flags in found.values()}) == len(found)
-    base = found["literal, geometric step"]
-    for name, changed in {
-        "literal": {"calibrator": "additive", "noise_scale": "absolute", "validation_size": 5000},
-        "keep-best": {"owner": "keep_best+server_clients"},
-        "next base = G": {"owner": "feeds_back+server_clients"},
-        "4m server-side clients": {"server_clients": "4m"},
-    }.items():
-        assert changed.items() <= found[name].items()
-        assert not changed.items() & base.items()
+def screening(folder: Path) -> None:
+    """All readings with noise on the first and the last layer; the gap is of the rate alone."""
+    runs = {}
+    for number, reading in enumerate(readings.fraction()):
+        first = reading["noise_layers"] == "first"
+        if reading["noise_layers"] not in ("first", "last"):
+            continue
+        path = f"runs/{number}/seed=100"
+        grid = {
+            **reading,
+            "learning_rate": float(reading["learning_rate"]),
+            "damping": float(reading["damping"]),
+            "local_epochs": int(reading["local_epochs"]),
+        }
+        runs[path] = {"run": "noise", "seed": 100, "grid": grid}
+        broke = first and reading["damping"] == "0"
+        (folder / path).mkdir(parents=True)
+        (folder / path / "summary.json").write_text(json.dumps({
+            "failed": {"round": 3} if broke else None, "baseline_accuracy_final": 0.9,
+            "owner_accuracy_final": 0.9 * (1 - float(reading["learning_rate"])),
+            "protected_rounds": 9,
+            "rounds_over_cap_test": int(reading["local_epochs"] == "5"), "infeasible_rounds": 0,
+            "shared_accuracy_max_test": 0.6,
+        }))  # fmt: skip
+    runs["runs/f/seed=100"] = {"run": "fedavg", "seed": 100, "grid": {}}
+    (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
+
+
+def test_what_the_screening_says(tmp_path):
+    screening(tmp_path / "screen")
+    table = readings.effects(readings.results(tmp_path / "screen"))
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    rows = {(flag, answer): rest for flag, answer, *rest in cells}
+    assert rows["noise_layers", "first"][:3] == ["36", "50%", "2.7"]
+    assert rows["noise_layers", "last"] == ["36", "0%", "2.7", "50%", "12"]
+    assert rows["damping", "0"][1] == "50%"
+    assert rows["learning_rate", "0.1"][2:] == ["9.0", "38%", "0"]
+    assert rows["local_epochs", "5"][3:] == ["0%", "0"]
+    kept = readings.screened(tmp_path)
+    assert [one["noise_layers"] for one in kept] == ["first", "first", "last", "last"]
+    assert all((one["learning_rate"], one["local_epochs"]) == ("0.01", "1") for one in kept)
+    assert all(one["damping"] == "0.5" for one in kept[:2])
+    command = readings.planned("settle", kept, tmp_path / "settle", [])
+    assert command is not None
+    assert len(command.setups()) == 4 * 5
+
+
+def test_what_the_settled_readings_say(tmp_path, monkeypatch):
+    """Two readings; of the second one seed broke down, and the cap was exceeded in a round."""
+    good, bad = readings.fraction()[0], readings.fraction()[60]
+    command = readings.planned("settle", [good, bad], tmp_path, [])
+    assert command is not None
+    runs = {}
+    for one in plan(command):
+        runs[one.path] = one.entry
+        is_bad = one.grid.get("noise_layers") == bad["noise_layers"]
+        (tmp_path / one.path).mkdir(parents=True)
+        (tmp_path / one.path / "summary.json").write_text(json.dumps({
+            "failed": {"round": 3} if is_bad and one.seed == 2 else None,
+            "owner_accuracy_final": 0.97 + one.seed / 1000, "baseline_accuracy_final": 0.98,
+            "protected_rounds": 29, "rounds_over_cap_test": int(is_bad and one.seed == 1),
+            "infeasible_rounds": 0, "shared_accuracy_max_test": 0.61 if is_bad else 0.59,
+        }))  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    labels = [" · ".join(one.values()) for one in (good, bad)]
+    best = [("V1", 1, "ridge", 0.95, 0.8), ("V3", 2, "average_then_tune", 0.97, math.nan)]
+    columns = ["view", "members", "thief", "thief_accuracy", "lambda"]
+    frame = pd.DataFrame([(labels[0], *row) for row in best], columns=["scheme", *columns])
+    monkeypatch.setattr(readings.reported, "rows", lambda folder, curves, _: [{"c": len(curves)}])
+    monkeypatch.setattr(readings.reported, "best_thieves", lambda stolen: frame)
+    _, _, *lines = readings.settled(tmp_path, command).splitlines()
+    assert lines == [
+        f"| {labels[0]} | 97.2 ± 0.2 | 98.0 ± 0.0 | 0 of 5 | 0 of 145 (0.590) | 0 | yes | "
+        "95.0 (ridge), 0.80 | 97.0 (average then tune), – |",
+        f"| {labels[1]} | 97.2 ± 0.2 | 98.0 ± 0.0 | 1 of 5 | 1 of 145 (0.610) | 0 | no | – | – |",
+    ]
+
+
+def test_the_readings_refuse_in_one_line(tmp_path, capsys):
+    says = {
+        "--phase=third": "phase", "--phase=settle": "holds no complete sweep",
+        "--grid=seed=0:2": "a grid of its own", "--capp=0.5": "capp",
+    }  # fmt: skip
+    for flag, words in says.items():
+        assert readings.main(["readings", f"--out={tmp_path}", flag]) == 2
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert words in line
 
 
 def test_cosines_of_the_same_group_and_of_the_other():

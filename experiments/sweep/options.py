@@ -173,6 +173,23 @@ class CommandLine:
         """Where a flag lies; what no flag can set is called by its path."""
         return self.known[name].path if name in self.known else tuple(name.split("."))
 
+    def at(self, points: Sequence[dict[str, Any]]) -> "CommandLine":
+        """With a grid that is a list of points instead of a product.
+
+        Args:
+          points: values of flags, as `Flag.parse` gives them.
+
+        Raises:
+          ValueError: as `setups`.
+        """
+        axes: dict[str, dict[Any, None]] = {}
+        for name, value in (item for point in points for item in point.items()):
+            axes.setdefault(name, {})[value] = None
+        made = tuple(grid.Axis(name, tuple(values)) for name, values in axes.items())
+        command = dataclasses.replace(self, axes=made, points=tuple(points))
+        command.setups()
+        return command
+
     def setup(self, values: Mapping[str, Any]) -> Setup:
         """The run with these values of the grid.
 
