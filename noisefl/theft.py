@@ -4,6 +4,7 @@ A view holds models that clients received and what they have of those they gave 
 the round's issue: no function here is given one (PROTECTION.md, "Threat model").
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -233,6 +234,67 @@ class Found(NamedTuple):
     fidelity: jax.Array  # of the chosen one
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """What a stolen model is compared with."""
+
+    known: Public
+    owner: Params  # G
+    images: jax.Array  # uint8 [N, H, W, Ch], of test
+    labels: jax.Array  # int32 [N]
+    says: jax.Array  # int32 [N]: the owner's answers
+    at_once: int  # candidates side by side
+
+    @classmethod
+    def of(
+        cls, known: Public, owner: Params, data: Federation, test_images: int, at_once: int
+    ) -> Any:
+        """On the first test images; 0: all."""
+        first = slice(0, test_images or None)
+        images, labels = data.test_images[first], data.test_labels[first]
+        says = _labels(known.functions.apply, owner, images, known.batch)
+        return cls(known, owner, images, labels, says, at_once)
+
+    def judged(self, model: Params) -> Judged:
+        found = _labels(self.known.functions.apply, model, self.images, self.known.batch)
+        nan = jnp.where(evaluate.is_finite(model), 0.0, jnp.nan)
+        accuracy, fidelity = (evaluate.share(jnp.sum(found == other), found.shape[0])
+                              for other in (self.labels, self.says))  # fmt: skip
+        return Judged(nan + accuracy, nan + fidelity)
+
+    def asked(self, attack: Attack, key: jax.Array, view: View, own: Own) -> View:
+        """With the owner's answers to what the thief asks, if it asks."""
+        questions = attack.questions(keys.stream(key, "questions"), own, self.known)
+        if questions is None:
+            return view
+        apply, batch = self.known.functions.apply, self.known.batch
+        answers = jax.nn.softmax(_logits(apply, self.owner, questions, batch))
+        return view.replace(questions=questions, answers=answers)  # pyright: ignore
+
+    def of_thief(self, attack: Attack, key: jax.Array, view: View, own: Own) -> Found:
+        """What it comes to with the candidate that its own held-out images choose."""
+        known, candidates = self.known, attack.candidates()
+        own_key, chosen = keys.stream(key, "steal"), attack
+        best = jnp.float32(jnp.nan)
+        if len(candidates) > 1:
+            training, held = divided(keys.stream(key, "held out"), own)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
+            limited = self.asked(attack, key, view, training)
+
+            def candidate(one: Attack) -> tuple[jax.Array, jax.Array]:
+                model = one.steal(own_key, limited, training, known)
+                own_score = score(known.functions.apply, model, held, known.batch)
+                return own_score, self.judged(model).accuracy
+
+            at_once = min(self.at_once, len(candidates))
+            scores, accuracies = lax.map(candidate, stacked, batch_size=at_once)
+            best = jnp.nanmax(accuracies)
+            chosen = jax.tree.map(lambda leaf: leaf[jnp.argmax(scores)], stacked)
+        view = self.asked(attack, key, view, own)
+        final = self.judged(chosen.steal(own_key, view, own, known))
+        return Found(final.accuracy, jnp.fmax(final.accuracy, best), final.fidelity)
+
+
 def stolen(
     key: jax.Array, experiment: Experiment, data: Federation, owner: Params, seen: Seen,
     attempts: Sequence[Attack], singles: int, coalitions: Sequence[int], controls: str,
@@ -259,106 +321,76 @@ def stolen(
       the same test images. In a run that protects nothing bare copies are all that is tried beside
       the controls.
     """
-    how, known = experiment.strategy, public(experiment, data.image_shape, seen.touched)
-    apply, everything = known.functions.apply, seen.view
-    first = slice(0, test_images or None)
-    images, labels = data.test_images[first], data.test_labels[first]
-    says = _labels(apply, owner, images, known.batch)
-
-    def same(one: jax.Array, other: jax.Array) -> jax.Array:
-        return evaluate.share(jnp.sum(one == other), labels.shape[0])
-
-    def judged(model: Params) -> Judged:
-        found = _labels(apply, model, images, known.batch)
-        nan = jnp.where(evaluate.is_finite(model), 0.0, jnp.nan)
-        return Judged(nan + same(found, labels), nan + same(found, says))
-
-    def tries(attack: Attack, key: jax.Array, view: View, own: Own) -> Found:
-        def asked(view: View, own: Own) -> View:
-            """With the owner's answers to what the thief asks, if it asks."""
-            questions = attack.questions(keys.stream(key, "questions"), own, known)
-            if questions is None:
-                return view
-            answers = jax.nn.softmax(_logits(apply, owner, questions, known.batch))
-            return view.replace(questions=questions, answers=answers)  # pyright: ignore
-
-        candidates = attack.candidates()
-        own_key, chosen = keys.stream(key, "steal"), attack
-        best = jnp.float32(jnp.nan)
-        if len(candidates) > 1:
-            training, held = divided(keys.stream(key, "held out"), own)
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
-            limited = asked(view, training)
-
-            def candidate(one: Attack) -> tuple[jax.Array, jax.Array]:
-                model = one.steal(own_key, limited, training, known)
-                return score(apply, model, held, known.batch), judged(model).accuracy
-
-            at_once = min(how.clients_at_once or 1, len(candidates))
-            scores, accuracies = lax.map(candidate, stacked, batch_size=at_once)
-            best = jnp.nanmax(accuracies)
-            chosen = jax.tree.map(lambda leaf: leaf[jnp.argmax(scores)], stacked)
-        final = judged(chosen.steal(own_key, asked(view, own), own, known))
-        return Found(final.accuracy, jnp.fmax(final.accuracy, best), final.fidelity)
-
-    def sometimes(due: jax.Array, found: Any) -> tuple[Any, jax.Array]:
-        due = due & jnp.any(everything.present)  # lanes that only fill up have seen nothing
-        like = jax.eval_shape(found)
-        nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), like)
-        return lax.cond(due, found, lambda: nothing), due
-
-    parts = instances(singles, coalitions, everything.rounds.shape[0])
+    known = public(experiment, data.image_shape, seen.touched)
+    trial = Trial.of(known, owner, data, test_images, experiment.strategy.clients_at_once or 1)
+    parts = instances(singles, coalitions, seen.view.rounds.shape[0])
+    masks = jnp.stack([present(seen.view, part) for part in parts])
     due = {"fedavg": ~seen.protected, "always": jnp.bool_(True), "never": jnp.bool_(False)}
-    masks = jnp.stack([present(everything, part) for part in parts])
-    none, right = jnp.int32(0), judged(owner).accuracy
+    none, right = jnp.int32(0), trial.judged(owner).accuracy
     found: dict[Row, dict[str, jax.Array]] = {
         Row("owner", "V0", 0, 0): {
             "accuracy": right, "accuracy_best": right, "fidelity": jnp.float32(1),
             "round": none, "copies": none, "images": none, "tried": jnp.bool_(True),
         }
     }  # fmt: skip
+
+    def sometimes(due: jax.Array, found: Any) -> tuple[Any, jax.Array]:
+        due = due & jnp.any(seen.view.present)  # lanes that only fill up have seen nothing
+        like = jax.eval_shape(found)
+        nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), like)
+        return lax.cond(due, found, lambda: nothing), due
+
     for attack in attempts:
-        if attack.control and controls == "never":
-            continue
         mine = [n for n, part in enumerate(parts) if part.view in attack.views]
-        if not mine:
+        if not mine or (attack.control and controls == "never"):
             continue
-        # By its name: which others are tried beside it changes nothing.
-        own_key = keys.stream(key, "attack", zlib.crc32(attack.title.encode()))
-
-        def instance(x: Any, attack: Attack = attack, own_key: jax.Array = own_key) -> Any:
-            number, mask = x
-            view = everything.replace(present=mask)  # pyright: ignore[reportAttributeAccessIssue]
-            own = pooled(data, seen.clients, jnp.any(mask, axis=0))
-            return tries(attack, keys.stream(own_key, "instance", number), view, own)
-
-        which = jnp.asarray(mine)
         when = due[controls] if attack.control else seen.protected
         if isinstance(attack, attacks.BareCopy):
             when = jnp.bool_(True)
-        rows, tried_now = sometimes(
-            when, lambda instance=instance, which=which: lax.map(instance, (which, masks[which]))
+        which = jnp.asarray(mine)
+        rows, tried = sometimes(
+            when,
+            lambda attack=attack, which=which: _in_views(
+                key, trial, attack, data, seen, which, masks[which]
+            ),
         )
         for place, number in enumerate(mine):
-            part, newest = parts[number], jnp.where(masks[number], everything.rounds, 0)
+            mask = masks[number]
             columns = {field: column[place] for field, column in rows._asdict().items()}
-            columns |= {"round": jnp.max(newest), "copies": jnp.sum(masks[number], dtype=jnp.int32)}
-            owned = jnp.where(jnp.any(masks[number], axis=0), data.counts[seen.clients], 0)
-            columns |= {"tried": tried_now, "images": jnp.sum(owned)}
-            found[Row(attack.title, *part)] = columns
+            columns |= {"round": jnp.max(jnp.where(mask, seen.view.rounds, 0))}
+            columns |= {"copies": jnp.sum(mask, dtype=jnp.int32), "tried": tried}
+            owned = jnp.where(jnp.any(mask, axis=0), data.counts[seen.clients], 0)
+            found[Row(attack.title, *parts[number])] = {**columns, "images": jnp.sum(owned)}
     if controls != "never":
-        size = data.validation_labels.shape[0]
+        size, server = data.validation_labels.shape[0], Scratch(steps=SERVER_STEPS)
         own = Own(
             data.validation_images, data.validation_labels,
             jnp.arange(size, dtype=jnp.int32), jnp.int32(size),
         )  # fmt: skip
-        server = Scratch(steps=SERVER_STEPS)
-        row, tried_now = sometimes(
-            due[controls], lambda: tries(server, keys.stream(key, "server"), everything, own)
+        row, tried = sometimes(
+            due[controls],
+            lambda: trial.of_thief(server, keys.stream(key, "server"), seen.view, own),
         )
-        other = {"round": none, "copies": none, "images": jnp.int32(size), "tried": tried_now}
+        other = {"round": none, "copies": none, "images": jnp.int32(size), "tried": tried}
         found[Row("server_alone", "V0", 0, 0)] = {**row._asdict(), **other}
     return found
+
+
+def _in_views(
+    key: jax.Array, trial: Trial, attack: Attack, data: Federation, seen: Seen, which: jax.Array,
+    masks: jax.Array,
+) -> Found:  # fmt: skip
+    """[V], of the views that these masks bool [V, J, A] leave; int32 [V] says which they are."""
+    # By its name: which others are tried beside it changes nothing.
+    own_key = keys.stream(key, "attack", zlib.crc32(attack.title.encode()))
+
+    def one(x: tuple[jax.Array, jax.Array]) -> Found:
+        number, mask = x
+        view = seen.view.replace(present=mask)  # pyright: ignore[reportAttributeAccessIssue]
+        own = pooled(data, seen.clients, jnp.any(mask, axis=0))
+        return trial.of_thief(attack, keys.stream(own_key, "instance", number), view, own)
+
+    return lax.map(one, (which, masks))
 
 
 def score(apply: evaluate.Apply, model: Params, own: Own, batch: int) -> jax.Array:
