@@ -3,7 +3,9 @@
 Runs schemes x strengths x partitions x populations x seeds as one sweep of `experiments.run`, with
 its lanes, its store and its way of going on after any kill, and then reads off what every thief
 made of every view. Leaves frontier.csv, frontier.parquet, frontier.md and frontier-*.png beside the
-runs. What is no flag of its own is one of the driver's: --cpu_devices=2, --dry_run, …
+runs. What is no flag of its own is one of the driver's: --cpu_devices=2, --dry_run, … With --merge
+it runs nothing and makes the files anew from several frontier.csv: of other schemes, seeds,
+machines.
 """
 
 import dataclasses
@@ -120,6 +122,8 @@ def main(argv: list[str]) -> int:
         given, rest = options(argv)
         if given is None:
             return 0
+        if given["merge"]:
+            return merge(given, rest)
         command = points(given, rest)
         if command is None:
             return 0
@@ -139,6 +143,18 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+def merge(given: dict[str, Any], rest: Sequence[str]) -> int:
+    """Of files that were made before; runs nothing."""
+    if rest:
+        raise refuse("merge", ",".join(given["merge"]), f"runs nothing: {rest[0]} is of no use")
+    frame, out = reported.merged(given["merge"]), Path(given["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    reported.publish(out, frame)
+    if given["json"]:
+        frame.to_json(given["json"], orient="records", indent=1)
+    return 0
+
+
 def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     """Its own flags by name, with those that follow from --quick, and the driver's.
 
@@ -153,6 +169,7 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     flags.DEFINE_bool("quick", False, "three schemes, five thieves, one seed", flag_values=values)
     flags.DEFINE_string("json", "", "file for all figures, one object each", flag_values=values)
     flags.DEFINE_string("out", "", "folder of the results", flag_values=values)
+    flags.DEFINE_list("merge", [], "frontier.csv files: one table of all", flag_values=values)
     flags.DEFINE_bool("help", False, "this page", flag_values=values)
     try:
         rest = values(argv, known_only=True)[1:]
@@ -184,7 +201,8 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
         if not found[name]:
             raise refuse(name, "", "must name at least one")
     out = values["out"].value or ("results/frontier-quick" if base is QUICK else "results/frontier")
-    return {**found, "out": out, "json": values["json"].value, "strength_names": {}}, rest
+    own = {name: values[name].value for name in ("json", "merge")}
+    return {**found, **own, "out": out, "strength_names": {}}, rest
 
 
 def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:

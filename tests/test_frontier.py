@@ -137,6 +137,23 @@ def test_bad_input_is_one_clear_line(args, wanted, capsys):
         assert words in line
 
 
+def test_merging_runs_nothing(tmp_path, capsys):
+    out = f"--out={tmp_path / 'out'}"
+    assert frontier.main(["frontier", "--merge=no.csv", out]) == 2
+    assert "merge='no.csv': cannot be read" in capsys.readouterr().err
+    assert frontier.main(["frontier", "--merge=no.csv", "--cpu_devices=2", out]) == 2
+    assert "runs nothing: --cpu_devices=2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    file, json_file = ROOT / "docs" / "frontier" / "pair.csv", tmp_path / "rows.json"
+    assert frontier.main(["frontier", f"--merge={file}", f"--json={json_file}", out]) == 0
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {
+        *(f"frontier.{end}" for end in ("csv", "parquet", "md")), "frontier-100.png",
+    }  # fmt: skip
+    rows = json.loads(json_file.read_text())
+    with file.open() as lines:
+        assert len(rows) == sum(1 for _ in lines) - 1
+
+
 def test_help_is_a_page(capsys):
     assert frontier.main(["frontier", "--help"]) == 0
     page = capsys.readouterr().out

@@ -331,6 +331,43 @@ def test_the_files_can_be_read(made, tmp_path):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_several_frontiers_are_merged(made, tmp_path):
+    """In parts, with FedAvg in each of them, they are the whole; one scheme has a seed less."""
+    folder, found = made
+    whole, parts = pd.read_csv(folder / "frontier.csv"), []
+    for seed in (0, 1):
+        few = whole[(whole["seed"] == seed) & ((whole["strength"] != 0.8) | (seed == 0))]
+        parts.append(str(tmp_path / f"{seed}.csv"))
+        few.to_csv(parts[-1], index=False)
+    third = whole[whole["scheme"] == "none"].assign(owner=0.1)
+    parts.append(str(tmp_path / "fedavg.csv"))
+    third.to_csv(parts[-1], index=False)
+    frame = reported.merged(parts)
+    assert len(frame) == len(found) - sum(r["strength"] == 0.8 and r["seed"] == 1 for r in found)
+    assert 0.1 not in set(frame["owner"])
+    text = reported.markdown(frame, reported.best_thieves(frame))
+    assert "## iid, K = 6, 2 seeds" in text
+    assert "| pair (1 seed) | 0.8 |" in text
+    assert "| pair | 0.6 |" in text
+    (out := tmp_path / "out").mkdir()
+    reported.publish(out, reported.merged([str(folder / "frontier.csv")]))
+    for name in ("frontier.md", "frontier.csv"):
+        assert (out / name).read_text() == (folder / name).read_text()
+
+
+def test_what_cannot_be_merged_is_one_line(made, tmp_path):
+    file = str(made[0] / "frontier.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for files, words in [
+        ([file, file], "two have the same runs of pair"),
+        ([str(tmp_path / "no.csv")], "cannot be read"),
+        ([str(tmp_path / "other.csv")], "it has no column 'scheme'"),
+    ]:
+        with pytest.raises(ValueError, match=words) as error:
+            reported.merged(files)
+        assert str(error.value).startswith("merge=")
+
+
 def test_tables_in_markdown(made):
     text = (made[0] / "frontier.md").read_text("utf-8")
     headings = [one for one in text.splitlines() if one.startswith("## ")]

@@ -109,7 +109,11 @@ def test_what_the_settled_readings_say(tmp_path, monkeypatch):
     best = [("V1", 1, "ridge", 0.95, 0.8), ("V3", 2, "average_then_tune", 0.97, math.nan)]
     columns = ["view", "members", "thief", "thief_accuracy", "lambda"]
     frame = pd.DataFrame([(labels[0], *row) for row in best], columns=["scheme", *columns])
-    monkeypatch.setattr(readings.reported, "rows", lambda folder, curves, _: [{"c": len(curves)}])
+    monkeypatch.setattr(
+        readings.reported,
+        "rows",
+        lambda folder, curves, names: [{"strength": names[name]} for name, _ in curves.values()],
+    )
     monkeypatch.setattr(readings.reported, "best_thieves", lambda stolen: frame)
     _, _, *lines = readings.settled(tmp_path, command).splitlines()
     assert lines == [

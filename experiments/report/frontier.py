@@ -24,6 +24,7 @@ Frame = Any
 CONTROLS = ("scratch", "server_alone", "owner")
 SETTING = ["partition", "num_clients", "server_images"]
 VIEW = ["view", "members"]
+RUN, THIEF = ["scheme", "strength", *SETTING, "seed"], ["thief", *VIEW, "which"]
 # What a larger view has of a smaller one: a coalition may do what one of its members does.
 INSIDE = {
     "V1": ["V1"], "V2": ["V1", "V2"], "V3": ["V1", "V3"], "V4": ["V1", "V2", "V3", "V4"],
@@ -53,14 +54,42 @@ def write(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[s
     found = rows(folder, curves, strengths)
     if not found:
         raise refuse("out", str(folder), "holds no run with thieves")
-    frame = pd.DataFrame(found)
+    publish(folder, pd.DataFrame(found))
+    return found
+
+
+def publish(folder: Path, frame: Frame) -> None:
+    """Writes the files of `write`."""
     frame.to_csv(folder / "frontier.csv", index=False)
     frame.to_parquet(folder / "frontier.parquet", index=False)
     best = best_thieves(frame)
     (folder / "frontier.md").write_text(markdown(frame, best), "utf-8")
     for name, figure in pictures(best).items():
         figure.savefig(folder / name, format="png")
-    return found
+
+
+def merged(files: Sequence[str]) -> Frame:
+    """The rows of several frontier.csv, of one machine or of many.
+
+    Of FedAvg, which each of them may have run, the first file's rows count.
+
+    Raises:
+      ValueError: one is no such file; two have the same thief of the same run.
+    """
+    frames = []
+    for file in files:
+        try:
+            frame = pd.read_csv(file)
+        except (OSError, ValueError) as error:
+            raise refuse("merge", file, f"cannot be read ({error})") from None
+        if missing := [name for name in (*RUN, *THIEF) if name not in frame]:
+            raise refuse("merge", file, f"is no frontier.csv: it has no column {missing[0]!r}")
+        frames.append(frame)
+    both = pd.concat(frames, ignore_index=True)
+    again = both.duplicated([*RUN, *THIEF])
+    if twice := sorted(set(both[again & (both["scheme"] != "none")]["scheme"])):
+        raise refuse("merge", ",".join(files), f"two have the same runs of {', '.join(twice)}")
+    return both[~again]
 
 
 def rows(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[str, str]) -> list:
@@ -225,12 +254,12 @@ def markdown(frame: Frame, best: Frame) -> str:
         "choose their numbers on held-out data of their own.", "",
     ]  # fmt: skip
     for setting, group in best.groupby(SETTING, sort=False):
-        first = group.iloc[0]
+        most = group.sort_values("seeds", kind="stable").iloc[-1]
         of = (frame[SETTING] == list(setting)).all(axis=1)
         lines += [
-            f"## {setting[0]}, K = {setting[1]}, {_counted(group['seeds'].max(), 'seed')}", "",
-            f"FedAvg {_percent(first['fedavg'])}; the server alone, on its {setting[2]} images, "
-            f"{_percent(first['server_alone'])}.", "",
+            f"## {setting[0]}, K = {setting[1]}, {_counted(most['seeds'], 'seed')}", "",
+            f"FedAvg {_percent(most['fedavg'])}; the server alone, on its {setting[2]} images, "
+            f"{_percent(most['server_alone'])}.", "",
             *_by_view(group), "", "λ of each thief in the smallest view that it needs:", "",
             *_by_thief(frame[of]), "",
         ]  # fmt: skip
@@ -239,13 +268,15 @@ def markdown(frame: Frame, best: Frame) -> str:
 
 def _by_view(group: Frame) -> list[str]:
     views = list(dict.fromkeys(zip(group["view"], group["members"], strict=True)))
+    most = group["seeds"].max()
     heads = ["scheme", "strength", "O", "copy", "kB a copy", "calibration / training"]
     heads += [f"{view}{f', {c}' if c > 1 else ''}: S, T, λ" for view, c in views]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for (scheme, strength), some in group.groupby(["scheme", "strength"], sort=False, dropna=False):
         first = some.iloc[0]
         broke = f" ({first['failed']} of {first['seeds']} broke down)" if first["failed"] else ""
-        cells = [scheme, _shown(strength), _percent(first["owner"]) + broke]
+        fewer = f" ({_counted(first['seeds'], 'seed')})" if first["seeds"] < most else ""
+        cells = [scheme + fewer, _shown(strength), _percent(first["owner"]) + broke]
         cells.append(_percent(first["copy"]))
         cells += [_number(first["copy_bytes"], 1e-3, 0), _number(first["calibration_ratio"], 1, 2)]
         for view, members in views:

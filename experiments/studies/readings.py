@@ -197,7 +197,7 @@ def settled(folder: Path, command: CommandLine) -> str:
     frame["reading"] = [" · ".join(row) for row in frame[list(READINGS)].to_numpy().tolist()]
     label = dict(zip(frame["path"], frame["reading"], strict=True))
     curves = {one.path: (label[one.path], None) for one in plan(command) if one.path in label}
-    stolen = pd.DataFrame(reported.rows(folder, curves, {}))
+    stolen = pd.DataFrame(reported.rows(folder, curves, dict.fromkeys(frame["reading"], "")))
     best = reported.best_thieves(stolen)
     lines = [
         f"| {' · '.join(READINGS)} | owner, % | FedAvg, % | broke down | rounds over the cap on "
