@@ -47,7 +47,7 @@ class Curve:
 
 LAST = {"noise_layers": "last", "noise_scale": "relative"}
 ALL = {"noise_layers": "all", "noise_scale": "relative"}
-OWN = {  # as in the preset `two_way`
+OWN = {  # as in the preset `two_way`, with any calibrator's own settings
     "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "0.5",
     "server_clients": "4m", **LAST,
 }  # fmt: skip
