@@ -323,15 +323,23 @@ def lanes(parts: Sequence[Any]) -> Any:
 def implementations(base: type) -> list[type]:
     """Every concrete part below a base class, in order of name; a new one is found by itself.
 
-    A base that is no part to be used says `abstract: ClassVar[bool] = True` in its own body.
+    A base that is no part to be used says `abstract: ClassVar[bool] = True` in its own body. Of a
+    class that was defined again, as in a notebook, the newest counts.
+
+    Raises:
+      ValueError: two classes have one name.
     """
     found: dict[str, type] = {}
     waiting = [base]
-    while waiting:
-        cls = waiting.pop()
-        waiting += cls.__subclasses__()
-        if not cls.__dict__.get("abstract", False):
-            found[name_of(cls)] = cls
+    for cls in waiting:
+        waiting += [one for one in cls.__subclasses__() if one not in waiting]
+        if cls.__dict__.get("abstract", False):
+            continue
+        other = found.get(name := name_of(cls), cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            both = " and ".join(f"{one.__module__}.{one.__qualname__}" for one in (other, cls))
+            raise refuse("name", name, f"is that of two parts, {both}: one needs another")
+        found[name] = cls
     return [found[name] for name in sorted(found)]
 
 

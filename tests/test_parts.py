@@ -254,6 +254,33 @@ def test_a_new_part_is_found_by_itself():
         assert base not in parts.implementations(base)
 
 
+@part
+class Notebook(Part):
+    """A base whose parts a notebook defines."""
+
+    abstract: ClassVar[bool] = True
+
+
+def test_of_a_part_that_is_defined_again_the_newest_counts():
+    def cell() -> type:
+        @part
+        class Mine(Notebook):
+            pass
+
+        return Mine
+
+    kept = [cell() for _ in range(3)]
+    assert parts.implementations(Notebook) == kept[-1:]
+
+
+def test_two_parts_of_one_name_are_refused():
+    made = [part(type("Twin", (Leaf,), {"__module__": name})) for name in ("here", "there")]
+    found = refusal(parts.implementations, Leaf)
+    assert "name='twin': is that of two parts, here.Twin and there.Twin" in found
+    made[0].__module__ = "there"  # or later tests would be refused as well
+    assert parts.implementations(Leaf)[-1] is made[1]
+
+
 def test_a_field_that_nothing_declares_is_refused():
     with pytest.raises(TypeError, match=r"Wrong\.loose: declare it by number\(\)"):
 
