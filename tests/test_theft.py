@@ -355,6 +355,32 @@ def test_what_a_thief_is_shown(monkeypatch):
     }
 
 
+@part
+class Lasting(Scaled):
+    """Tells what it sees of one round and of all."""
+
+    abstract: ClassVar[bool] = True
+    views: ClassVar[tuple[str, ...]] = ("V1", "V2", "V3", "V4")
+
+
+def test_what_is_the_same_in_two_views_is_tried_once():
+    """Client 3 was there twice, 6 and 1 once, and 3 and 6 last together."""
+    seen = seen_by([3, 6, 1], [[2, 0, 0], [6, 6, 6]])
+    told = list[Told]()
+    attempts = (Lasting(into=told.append),)
+    found = fed.plain(jax.jit(program(attempts, 2, (2,), "never"))(OWNER, DATA, seen))
+    jax.effects_barrier()
+    rows = {(row.view, row.members, row.which): columns for row, columns in found.items()}
+    assert len(rows) == 7  # with the owner's
+    assert len(told) == 4 * 5  # three candidates and the chosen one: of V1 and V2 of 3, one of 6, …
+    columns = ("accuracy", "accuracy_best", "fidelity", "copies", "images", "round")
+    once, all_rounds = rows["V1", 1, 1], rows["V2", 1, 1]
+    assert [once[c] for c in columns] == [all_rounds[c] for c in columns]
+    assert (rows["V1", 1, 0]["copies"], rows["V2", 1, 0]["copies"]) == (1, 2)
+    shown = {np.asarray(one.view.present).tobytes() for one in told}
+    assert len(shown) == 5
+
+
 def test_controls_do_not_look_at_copies_or_at_the_owner():
     names = ("copies", "returned", "spread")
     other = {n: jax.tree.map(lambda leaf: 0 * leaf + 0.1, getattr(BARE, n)) for n in names}
