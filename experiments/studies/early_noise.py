@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import lax
 
@@ -27,29 +27,19 @@ from noisefl import Experiment, Federation, evaluate, keys, noise, presets
 from noisefl.local import Own
 from noisefl.strategy import Strategy
 
-_OUT = flags.DEFINE_string("out", "results/early_noise", "folder of the results")
-_LAYERS = flags.DEFINE_list(
-    "layers", ["none", "conv1", "conv2", "dense1", "dense2", "last", "all"], "with noise, in turn"
-)
-_PARTITION = flags.DEFINE_string("partition", "iid", "as in experiments.run")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "protected rounds", lower_bound=1)
-
 IMAGES = 100  # of a client's, whose loss is looked at
 ITERATIONS = 10  # of the power method, which finds at most the largest eigenvalue
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    out = Path(_OUT.value)
+    values = options(argv)
+    out, dataset, rows, lines = Path(values["out"]), noisefl.load("mnist"), [], []
     out.mkdir(parents=True, exist_ok=True)
-    dataset, rows, lines = noisefl.load("mnist"), [], []
-    for layers in _LAYERS.value:
+    for layers in values["layers"]:
         experiment = experiment_of(layers)
-        for seed in range(_SEEDS.value):
-            data = noisefl.federate(dataset, partition=_PARTITION.value, seed=seed)
-            rows += run(layers, seed, experiment, data, _ROUNDS.value)
+        for seed in range(values["seeds"]):
+            data = noisefl.federate(dataset, partition=values["partition"], seed=seed)
+            rows += run(layers, seed, experiment, data, values["rounds"])
             print(f"{layers}, seed {seed}: {rows[-1]}", file=sys.stderr)
         lines.append(line(layers, [row for row in rows if row["layers"] == layers]))
     (out / "early_noise.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -57,6 +47,23 @@ def main(argv: list[str]) -> None:
     table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
     (out / "early_noise.md").write_text(table)
     print(table)
+
+
+def options(argv: list[str]) -> dict[str, Any]:
+    """The flags by name. Ends the process with one line about one that is wrong."""
+    values = flags.FlagValues()
+    every = ["none", "conv1", "conv2", "dense1", "dense2", "last", "all"]
+    flags.DEFINE_string("out", "results/early_noise", "folder of the results", flag_values=values)
+    flags.DEFINE_multi_enum("layers", every, every, "with noise; repeat", flag_values=values)
+    flags.DEFINE_string("partition", "iid", "as in experiments.run", flag_values=values)
+    for name, default, of in (("seeds", 3, "runs of each"), ("rounds", 5, "protected rounds")):
+        flags.DEFINE_integer(name, default, of, lower_bound=1, flag_values=values)
+    try:
+        if rest := values(argv)[1:]:
+            raise flags.Error(f"unexpected argument {rest[0]!r}")
+    except flags.Error as error:
+        sys.exit(f"experiments.studies.early_noise: {' '.join(str(error).split())}")
+    return values.flag_values_dict()
 
 
 def experiment_of(layers: str) -> Experiment:
@@ -177,4 +184,4 @@ def line(layers: str, rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)

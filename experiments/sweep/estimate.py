@@ -25,12 +25,7 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
     shorter.
     """
     driver = command.driver
-    table = Table(
-        title=f"{sum(len(one.group.runs) for one in prepared)} runs of {driver.rounds} rounds on "
-        f"{on.devices.size} devices ({on.shape[mesh.LANES]} x {on.shape[mesh.CLIENTS]} of "
-        f"lanes x clients), {len(prepared)} compilations",
-        title_justify="left",
-    )
+    table = Table()
     for column in ("group", "runs", "at once", "batches", "compile", "memory a\ndevice", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     total = 0.0
@@ -54,6 +49,12 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
             f"{program.bytes_a_device / 1e9:.2f} GB", _duration(seconds),
         )  # fmt: skip
     console = Console(highlight=False, quiet=not hosts.first())
+    console.print(  # no title of the table, which would be as narrow
+        f"{sum(len(one.group.runs) for one in prepared)} runs of {driver.rounds} rounds on "
+        f"{on.devices.size} devices ({on.shape[mesh.LANES]} x {on.shape[mesh.CLIENTS]} of "
+        f"lanes x clients), {len(prepared)} compilations",
+        soft_wrap=True,
+    )
     for number, one in enumerate(prepared, 1):  # of any length: they do not fit a column
         console.print(f"group {number}: {one.group.title}", soft_wrap=True)
     console.print(table)
