@@ -171,6 +171,17 @@ def test_the_sharpness_is_the_largest_eigenvalue_of_the_hessian():
     assert 0.98 * largest < found <= largest * (1 + 1e-5)
 
 
+def test_a_line_of_early_noise():
+    """A run ends where W is no longer finite: of one broken client it is not."""
+    row = {"same_group": 0.4, "other_group": 0.1, "rate_sharpness": 2.0, "broken": 0.0, "r": 1.0}
+    rows = [
+        {**row, "seed": 0, "owner": 0.5}, {**row, "seed": 0, "owner": 0.9},
+        {**row, "seed": 1, "owner": None, "broken": 0.1, "rate_sharpness": None, "r": 4.0},
+    ]  # fmt: skip
+    found = list(early_noise.line("conv1", rows).values())
+    assert found == ["conv1", "2.0", "0.40", "0.10", "2.0", "0.03", "1 of 2", "0.900"]
+
+
 @pytest.mark.slow
 def test_one_row_of_early_noise(tmp_path):
     """Noise on the first convolution: the loss is far too sharp, and no client is left."""

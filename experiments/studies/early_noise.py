@@ -170,7 +170,7 @@ def line(layers: str, rows: list[dict[str, Any]]) -> dict[str, str]:
         known = [row[name] for row in of if row[name] is not None]
         return f"{np.mean(known):{form}}" if known else "–"
 
-    broke = f"{sum(row['broken'] == 1 for row in last)} of {len(last)}"
+    broke = f"{sum(row['owner'] is None for row in last)} of {len(last)}"
     return {
         "noise on": layers,
         "r": mean("r", form=".1f"),
