@@ -8,9 +8,11 @@ version of all that.
 
 The scheme is the source's pair, or what `--driver` says: with `--driver='--preset=two_way
 --coalition=5'` ten clients' own copies are judged, and what five of them are left with. A rule that
-the scheme has already keeps the settings that it has there.
+the scheme has already keeps the settings that it has there, but for the cap, which is 0.6. What
+else those flags say (data, model, rounds, the owner's part) is not read.
 """
 
+import functools
 import importlib
 import itertools
 import os
@@ -129,14 +131,23 @@ def scheme_of(rule: type) -> schemes.Calibrated:
     if not _DRIVER.value:
         on = noise.layers(_LAYERS.value, relative=True)
         return schemes.Noised(on=on, calibrator=rule(**own))
-    asked = options.parse(["--driver", *shlex.split(_DRIVER.value)])
+    scheme = driven(_DRIVER.value)
+    there = scheme.calibrator
+    return scheme.replace(calibrator=there.replace(**own) if type(there) is rule else rule(**own))
+
+
+@functools.cache
+def driven(text: str) -> schemes.Calibrated:
+    """The scheme that these flags of experiments.run say, without what is around it."""
+    asked = options.parse(["--driver", *shlex.split(text)])
+    if asked is not None and asked.axes:
+        raise refuse("driver", text, "must be flags of one run, without --grid")
     scheme: Any = asked and asked.setup({}).experiment.scheme
     while isinstance(scheme, schemes.Wrapper):
         scheme = scheme.inner
     if not isinstance(scheme, schemes.Calibrated):
-        raise refuse("driver", _DRIVER.value, "must be flags of a scheme that is calibrated")
-    there = scheme.calibrator
-    return scheme.replace(calibrator=there.replace(**own) if type(there) is rule else rule(**own))
+        raise refuse("driver", text, "must be flags of a scheme that is calibrated")
+    return scheme
 
 
 def experiment_of(scheme: schemes.Calibrated) -> Experiment:

@@ -147,7 +147,11 @@ def merge(given: dict[str, Any], rest: Sequence[str]) -> int:
     """Of files that were made before; runs nothing."""
     if rest:
         raise refuse("merge", ",".join(given["merge"]), f"runs nothing: {rest[0]} is of no use")
-    frame, out = reported.merged(given["merge"]), Path(given["out"])
+    out = Path(given["out"])
+    for file in given["merge"]:
+        if Path(file).resolve() == (out / "frontier.csv").resolve():
+            raise refuse("out", str(out), f"must not be where {file} is: it would be replaced")
+    frame = reported.merged(given["merge"])
     out.mkdir(parents=True, exist_ok=True)
     reported.publish(out, frame)
     if given["json"]:
@@ -200,7 +204,8 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     for name in ("schemes", "partitions", *NUMBERS):
         if not found[name]:
             raise refuse(name, "", "must name at least one")
-    out = values["out"].value or ("results/frontier-quick" if base is QUICK else "results/frontier")
+    name = "-merged" if values["merge"].value else "-quick" if base is QUICK else ""
+    out = values["out"].value or f"results/frontier{name}"
     own = {name: values[name].value for name in ("json", "merge")}
     return {**found, **own, "out": out, "strength_names": {}}, rest
 

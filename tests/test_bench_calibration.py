@@ -213,6 +213,7 @@ def test_bad_input_is_one_line():
     says = {
         "--driver=--scheme=statistics": "must be flags of a scheme that is calibrated",
         "--driver=--capp=1": "capp",
+        "--driver=--grid=seed=0:2": "must be flags of one run, without --grid",
         "--calibrators=predictiv": "calibrators='predictiv': must be one of additive",
         "--modules=no.such": "No module named 'no'",
         "--noise_layers=conv9": "noise_layers='conv9': must be first, last, all, or",

@@ -144,6 +144,11 @@ def test_merging_runs_nothing(tmp_path, capsys):
     assert frontier.main(["frontier", "--merge=no.csv", "--cpu_devices=2", out]) == 2
     assert "runs nothing: --cpu_devices=2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "frontier.csv").write_text("kept")
+    here = f"{tmp_path}/frontier.csv"
+    assert frontier.main(["frontier", f"--merge={here}", f"--out={tmp_path}"]) == 2
+    assert "must not be where" in capsys.readouterr().err
+    assert (tmp_path / "frontier.csv").read_text() == "kept"
     file, json_file = ROOT / "docs" / "frontier" / "pair.csv", tmp_path / "rows.json"
     assert frontier.main(["frontier", f"--merge={file}", f"--json={json_file}", out]) == 0
     assert {one.name for one in (tmp_path / "out").iterdir()} == {

@@ -358,10 +358,12 @@ def test_several_frontiers_are_merged(made, tmp_path):
 def test_what_cannot_be_merged_is_one_line(made, tmp_path):
     file = str(made[0] / "frontier.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    pd.read_csv(file).drop(columns="failed").to_csv(tmp_path / "older.csv")
     for files, words in [
         ([file, file], "two have the same runs of pair"),
         ([str(tmp_path / "no.csv")], "cannot be read"),
         ([str(tmp_path / "other.csv")], "it has no column 'scheme'"),
+        ([str(tmp_path / "older.csv")], "it has no column 'failed'"),
     ]:
         with pytest.raises(ValueError, match=words) as error:
             reported.merged(files)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import small_runs
 from jax.flatten_util import ravel_pytree
 
 from experiments.studies import early_noise, readings
@@ -41,6 +42,9 @@ def test_the_fraction_is_balanced_and_every_reading_another_run():
     assert (flags["calibrator"], flags["warmup_rounds"]) == ("predictive", 1)
 
 
+FEDAVG = "runs/f/seed=100"
+
+
 def screening(folder: Path) -> None:
     """All readings with noise on the first and the last layer; the gap is of the rate alone."""
     runs = {}
@@ -55,17 +59,19 @@ def screening(folder: Path) -> None:
             "damping": float(reading["damping"]),
             "local_epochs": int(reading["local_epochs"]),
         }
-        runs[path] = {"run": "noise", "seed": 100, "grid": grid}
+        runs[path] = {"run": "noise", "seed": 100, "grid": grid, "baseline": FEDAVG}
         broke = first and reading["damping"] == "0"
         (folder / path).mkdir(parents=True)
         (folder / path / "summary.json").write_text(json.dumps({
-            "failed": {"round": 3} if broke else None, "baseline_accuracy_final": 0.9,
+            "failed": {"round": 3} if broke else None,
             "owner_accuracy_final": 0.9 * (1 - float(reading["learning_rate"])),
             "protected_rounds": 9,
             "rounds_over_cap_test": int(reading["local_epochs"] == "5"), "infeasible_rounds": 0,
             "shared_accuracy_max_test": 0.6,
         }))  # fmt: skip
-    runs["runs/f/seed=100"] = {"run": "fedavg", "seed": 100, "grid": {}}
+    runs[FEDAVG] = {"run": "fedavg", "seed": 100, "grid": {}, "baseline": None}
+    (folder / FEDAVG).mkdir(parents=True)
+    (folder / FEDAVG / "summary.json").write_text('{"owner_accuracy_final": 0.9}')
     (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
 
 
@@ -98,9 +104,10 @@ def test_what_the_settled_readings_say(tmp_path, monkeypatch):
         runs[one.path] = one.entry
         is_bad = one.grid.get("noise_layers") == bad["noise_layers"]
         (tmp_path / one.path).mkdir(parents=True)
+        accuracy = 0.98 if one.kind == "fedavg" else 0.97 + one.seed / 1000
         (tmp_path / one.path / "summary.json").write_text(json.dumps({
             "failed": {"round": 3} if is_bad and one.seed == 2 else None,
-            "owner_accuracy_final": 0.97 + one.seed / 1000, "baseline_accuracy_final": 0.98,
+            "owner_accuracy_final": accuracy,
             "protected_rounds": 29, "rounds_over_cap_test": int(is_bad and one.seed == 1),
             "infeasible_rounds": 0, "shared_accuracy_max_test": 0.61 if is_bad else 0.59,
         }))  # fmt: skip
@@ -180,6 +187,31 @@ def test_a_line_of_early_noise():
     ]  # fmt: skip
     found = list(early_noise.line("conv1", rows).values())
     assert found == ["conv1", "2.0", "0.40", "0.10", "2.0", "0.03", "1 of 2", "0.900"]
+
+
+@pytest.mark.slow
+def test_two_readings_from_the_screening_to_the_table(tmp_path, tmp_path_factory, monkeypatch):
+    """On small images, with two seeds: the rows of both tables, and once more without a run."""
+    of_last = [one for one in readings.fraction() if one["noise_layers"] == "last"]
+    monkeypatch.setattr(readings, "fraction", lambda: of_last[:2])
+    monkeypatch.setitem(readings.PHASES["settle"], "seeds", [0, 1])
+    calls = small_runs.remember_programs(monkeypatch)
+    small = ("--dataset", "--model", "--clients_per_round", "--num_clients", "--validation_size")
+    flags = [f for f in small_runs.flags(tmp_path_factory) if f.startswith((*small, "--compil"))]
+    flags += ["--rounds=3", f"--out={tmp_path}"]
+    assert readings.main(["readings", *flags]) == 0
+    assert "| noise_layers | last | 2 |" in (tmp_path / "screen.md").read_text()
+    counts = [len(calls)]
+    for _ in range(2):
+        assert readings.main(["readings", "--phase=settle", *flags]) == 0
+        counts.append(len(calls))
+    assert counts[0] < counts[1] == counts[2]
+    _, _, *rows = (tmp_path / "settle.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {' · '.join(one.values())}" for one in readings.screened(tmp_path)
+    ]
+    assert all(f"of {2 * 2} (" in row for row in rows)  # protected rounds of two seeds
+    assert all("), " in row.split(" | ")[7] for row in rows)  # a thief of one copy
 
 
 @pytest.mark.slow

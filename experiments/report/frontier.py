@@ -24,6 +24,11 @@ Frame = Any
 CONTROLS = ("scratch", "server_alone", "owner")
 SETTING = ["partition", "num_clients", "server_images"]
 VIEW = ["view", "members"]
+READ = [  # of a row, by tables and pictures
+    "owner", "fedavg", "server_alone", "thief_accuracy", "thief_accuracy_best", "scratch", "copy",
+    "fidelity", "lambda", "images_needed", "copy_bytes", "calibration_ratio", "rounds_over_cap",
+    "failed",
+]  # fmt: skip
 RUN, THIEF = ["scheme", "strength", *SETTING, "seed"], ["thief", *VIEW, "which"]
 # What a larger view has of a smaller one: a coalition may do what one of its members does.
 INSIDE = {
@@ -82,7 +87,7 @@ def merged(files: Sequence[str]) -> Frame:
             frame = pd.read_csv(file)
         except (OSError, ValueError) as error:
             raise refuse("merge", file, f"cannot be read ({error})") from None
-        if missing := [name for name in (*RUN, *THIEF) if name not in frame]:
+        if missing := [name for name in (*RUN, *THIEF, *READ) if name not in frame]:
             raise refuse("merge", file, f"is no frontier.csv: it has no column {missing[0]!r}")
         frames.append(frame)
     both = pd.concat(frames, ignore_index=True)

@@ -24,6 +24,7 @@ from jax import lax
 
 import noisefl
 from noisefl import Experiment, Federation, evaluate, keys, noise, presets
+from noisefl.data import PARTITIONS
 from noisefl.local import Own
 from noisefl.strategy import Strategy
 
@@ -33,7 +34,8 @@ ITERATIONS = 10  # of the power method, which finds at most the largest eigenval
 
 def main(argv: list[str]) -> None:
     values = options(argv)
-    out, dataset, rows, lines = Path(values["out"]), noisefl.load("mnist"), [], []
+    out, dataset = Path(values["out"]), noisefl.load("mnist")
+    rows, lines, table = [], [], ""
     out.mkdir(parents=True, exist_ok=True)
     for layers in values["layers"]:
         experiment = experiment_of(layers)
@@ -42,10 +44,10 @@ def main(argv: list[str]) -> None:
             rows += run(layers, seed, experiment, data, values["rounds"])
             print(f"{layers}, seed {seed}: {rows[-1]}", file=sys.stderr)
         lines.append(line(layers, [row for row in rows if row["layers"] == layers]))
-    (out / "early_noise.json").write_text(json.dumps(rows, indent=1) + "\n")
-    cells = [lines[0].keys(), ["---"] * len(lines[0]), *(one.values() for one in lines)]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
-    (out / "early_noise.md").write_text(table)
+        cells = [lines[0].keys(), ["---"] * len(lines[0]), *(one.values() for one in lines)]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+        (out / "early_noise.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (out / "early_noise.md").write_text(table)
     print(table)
 
 
@@ -55,7 +57,7 @@ def options(argv: list[str]) -> dict[str, Any]:
     every = ["none", "conv1", "conv2", "dense1", "dense2", "last", "all"]
     flags.DEFINE_string("out", "results/early_noise", "folder of the results", flag_values=values)
     flags.DEFINE_multi_enum("layers", every, every, "with noise; repeat", flag_values=values)
-    flags.DEFINE_string("partition", "iid", "as in experiments.run", flag_values=values)
+    flags.DEFINE_enum("partition", "iid", PARTITIONS, "of the images", flag_values=values)
     for name, default, of in (("seeds", 3, "runs of each"), ("rounds", 5, "protected rounds")):
         flags.DEFINE_integer(name, default, of, lower_bound=1, flag_values=values)
     try:

@@ -51,6 +51,7 @@ PHASES: dict[str, dict[str, Any]] = {
 OF_LAYER = 6  # choices of what a program is compiled for, of each layer
 KEPT = 2  # readings of each layer that are settled
 CLOSE = 0.01  # "about as good as FedAvg": Figure 1 of the source
+NEAR = 0.03  # of ten rounds
 
 
 def main(argv: list[str]) -> int:
@@ -135,19 +136,23 @@ def results(folder: Path) -> pd.DataFrame:
     Raises:
       ValueError: the folder holds no complete sweep.
     """
+
+    def summary(path: str) -> dict[str, Any]:
+        return json.loads((folder / path / "summary.json").read_text())
+
     try:
         planned = json.loads((folder / "sweep.json").read_text())["runs"]
         rows = []
         for path, entry in planned.items():
             if entry["run"] == "fedavg":
                 continue
-            said = json.loads((folder / path / "summary.json").read_text())
+            said, bare = summary(path), summary(entry["baseline"])
             reading = {flag: _text(entry["grid"][flag]) for flag in READINGS}
             broke = said["failed"] is not None
             rows.append({
                 **reading, "seed": entry["seed"], "path": path, "broke": broke,
                 "accuracy": math.nan if broke else said["owner_accuracy_final"],
-                "fedavg": said["baseline_accuracy_final"],
+                "fedavg": bare["owner_accuracy_final"],
                 "over": said["rounds_over_cap_test"], "protected": said["protected_rounds"],
                 "infeasible": said["infeasible_rounds"],
                 "highest": said["shared_accuracy_max_test"],
@@ -161,8 +166,8 @@ def results(folder: Path) -> pd.DataFrame:
 
 
 def screened(out: Path) -> list[dict[str, str]]:
-    """The readings to be settled: of each layer those of the smallest gap that did not break,
-    whether or not they held the cap; of a layer where all broke, the first."""
+    """The readings to be settled: of each layer those of the smallest gap, what held the cap before
+    what did not, and what broke down last of all."""
     frame, found = results(out / "screen"), []
     for _, group in frame.groupby("noise_layers", sort=False):
         best = group.sort_values(["broke", "held", "gap"], ascending=[True, False, True])
@@ -181,7 +186,7 @@ def effects(frame: pd.DataFrame) -> str:
     for flag, answers in READINGS.items():
         for answer in answers:
             some = frame[frame[flag] == answer]
-            good = some["held"] & (some["gap"] <= 0.03)
+            good = some["held"] & (some["gap"] <= NEAR)
             gap = float(np.nanmedian(some["gap"])) if not np.all(some["broke"]) else math.nan
             lines.append(
                 f"| {flag} | {answer} | {len(some)} | {some['broke'].mean():.0%} | "
