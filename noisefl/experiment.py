@@ -15,7 +15,7 @@ from noisefl.parts import Part, changed, child, choice, part, static, walk
 from noisefl.probing import Judge
 from noisefl.schemes import NEVER, Bare, Scheme, Warmup
 from noisefl.server import SGD, Server
-from noisefl.strategy import Strategy, lowered
+from noisefl.strategy import Strategy
 
 
 @part
@@ -25,8 +25,8 @@ class Experiment(Part):
     The defaults are the literal reading of the source (ALGORITHM.md, "Readings that stay open").
 
     Attributes:
-      model: a Flax linen module from images [B, H, W, Ch] in [0, 1] to logits [B, C], or a pair of
-        functions `(init(key, images) → params, apply(params, images) → logits)`.
+      model: from images [B, H, W, Ch] in [0, 1] to logits [B, C]: a Flax module of linen or nnx, or
+        a pair `(init(key, images) → params, apply(params, images) → logits)` (`models.functions`).
     """
 
     model: Any = static(models.LeNet5(), "network")
@@ -43,13 +43,12 @@ class Experiment(Part):
 
     def resolved(self) -> "Experiment":
         """With everything that is left to the target chosen (`Strategy.resolved`)."""
-        strategy = self.strategy.resolved(sum(self.cohort.sizes))
-        return self.replace(strategy=strategy, model=lowered(self.model, strategy.lowering))
+        return self.replace(strategy=self.strategy.resolved(sum(self.cohort.sizes)))
 
     @property
     def functions(self) -> models.Functions:
-        """Of the model."""
-        return models.functions(self.model)
+        """Of the model, lowered as the strategy says."""
+        return models.functions(self.model, self.strategy.lowering)
 
     def judge(self, data: Federation) -> Judge:
         """What the parts of a round may ask about models on the judging split."""

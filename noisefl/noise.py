@@ -63,8 +63,8 @@ class Where(Part):
 
     Attributes:
       noise_layers: "first" is the first convolution, in a model without one the first dense layer;
-        "all" are those that own a kernel; an expression must match a whole layer path or parameter
-        path, e.g. "conv2" or "dense.*/kernel".
+        "all" are those that multiply by parameters; an expression must match a whole layer path or
+        parameter path, e.g. "conv2" or "dense.*/kernel".
       noise_scale: "absolute": ξ ~ N(0, σ²); "relative": ξ ~ N(0, (r · RMS)²), RMS that of the
         noised parameters of each layer. Strengths are then r, not σ.
     """
@@ -83,11 +83,10 @@ class Where(Part):
           ValueError: `noise_layers` is no valid expression, or no parameter matches.
         """
         found = model.layers(image_shape)
-        shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
-        paths = sorted(flatten_dict(shapes))
+        kernels = {layer.kernel for layer in found}
         if self.noise_layers in ("first", "last", "all"):
-            owners = _chosen_layers(found, self.noise_layers)
-            paths = [path for path in paths if path[:-1] in owners]
+            chosen = _chosen_layers(found, self.noise_layers)
+            paths = sorted({path for layer in chosen for path in layer.parameters})
         else:
             try:
                 pattern = re.compile(self.noise_layers)
@@ -96,13 +95,13 @@ class Where(Part):
                 raise refuse("noise_layers", self.noise_layers, allowed) from None
             paths = [
                 path
-                for path in paths
+                for path in sorted(flatten_dict(model.shapes(image_shape)))
                 if pattern.fullmatch("/".join(path)) or pattern.fullmatch("/".join(path[:-1]))
             ]
         if self.noise_parameters == "kernel":
-            paths = [path for path in paths if path[-1] == "kernel"]
+            paths = [path for path in paths if path in kernels]
         if not paths:
-            names = ", ".join("/".join(layer.path) for layer in found)
+            names = ", ".join("/".join(layer.path or layer.kernel) for layer in found)
             allowed = f"must be first, last, all, or match one of the model's layers: {names}"
             raise refuse("noise_layers", self.noise_layers, allowed)
         return tuple(paths)
@@ -176,15 +175,12 @@ def _flat(params: Params) -> dict[Path, jax.Array]:
     return flatten_dict(params)  # pyright: ignore[reportReturnType]
 
 
-def _chosen_layers(found: tuple[Layer, ...], which: str) -> set[Path]:
-    if not found:
-        return set()
+def _chosen_layers(found: tuple[Layer, ...], which: str) -> tuple[Layer, ...]:
     if which == "all":
-        return {layer.path for layer in found}
+        return found
     if which == "last":
-        return {found[-1].path}
-    convolutions = [layer for layer in found if layer.convolution]
-    return {(convolutions or list(found))[0].path}
+        return found[-1:]
+    return (tuple(layer for layer in found if layer.convolution) or found)[:1]
 
 
 def _rms(leaves: list[jax.Array]) -> jax.Array:

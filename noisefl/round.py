@@ -123,7 +123,7 @@ def step(
         copy = scheme.copy(state.base, issue, slot)
         returned = scheme.work(train, copy, issue, slot, own, experiment.functions)
         recovered = scheme.recover(returned, copy, state.base, issue, slot)
-        seen = copy, scheme.kept(returned, copy)
+        seen = copy, scheme.kept(returned, copy, issue)
         told = observe(own_key, *seen, own) if observe else ()
         return recovered, told, seen if follow else ()
 

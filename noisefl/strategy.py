@@ -4,10 +4,7 @@ None and "auto" mean the measured best of a target; BUILD_NOTES.md has the figur
 accelerators are reasoned, not measured.
 """
 
-from typing import Any
-
 import jax
-from flax import linen as nn
 
 from noisefl.models import LOWERINGS, Lowering
 from noisefl.parts import Part, choice, part, size, static
@@ -75,20 +72,6 @@ class Strategy(Part):
             eval_batch=self.eval_batch or (50 if cpu else 1000),
             gather="client" if self.gather == "auto" else self.gather,
         )
-
-
-def lowered(model: Any, lowering: Lowering) -> Any:
-    """The model with its layers lowered so, where it leaves that open; any other as it is."""
-    own = getattr(model, "lowering", None)
-    if not isinstance(model, nn.Module) or not isinstance(own, Lowering):
-        return model
-    given = {
-        name: getattr(
-            own if getattr(own, name) not in ("auto", "default", None) else lowering, name
-        )
-        for name in (*LOWERINGS, "target")
-    }
-    return model.clone(lowering=Lowering(**given))
 
 
 def lanes_side_by_side(lanes: int, target: str) -> int:

@@ -175,7 +175,7 @@ def public(
     model = experiment.functions
     if touched is None:
         paths = experiment.scheme.touched(model, image_shape)
-        shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+        shapes = model.shapes(image_shape)
         touched = {path: jnp.bool_(path in paths) for path in flatten_dict(shapes)}  # pyright: ignore
     return Public(
         touched=unflatten_dict(touched), local=experiment.local, functions=model,

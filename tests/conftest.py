@@ -12,7 +12,6 @@ import pytest
 from flax import linen as nn
 
 from noisefl.data import Federation, Images
-from noisefl.models import Conv, max_pool
 
 # Compiles in a third of the time, here and in the processes that tests start. What users get, XLA's
 # default, is compared with it where that matters, and is what the marked tests run.
@@ -47,7 +46,7 @@ class TinyCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(max_pool(Conv(4, 3, name="conv1")(x)))
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), name="conv1")(x)), (2, 2), (2, 2))
         return nn.Dense(3, name="dense1")(x.reshape(x.shape[0], -1))
 
 

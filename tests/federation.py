@@ -16,7 +16,7 @@ import reference_nets as nets
 from flax import linen as nn
 
 import noisefl
-from noisefl import calibrate, keys, models, schemes
+from noisefl import calibrate, keys, schemes
 from noisefl.data import Federation, Images
 from noisefl.experiment import Experiment
 from noisefl.local import SGD, Training
@@ -40,7 +40,7 @@ class TinyCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(models.max_pool(models.Conv(3, 3, name="stem")(x)))
+        x = nn.max_pool(nn.relu(nn.Conv(3, (3, 3), name="stem")(x)), (2, 2), (2, 2))
         return nn.Dense(CLASSES, name="head")(x.reshape(x.shape[0], -1))
 
 
@@ -56,9 +56,11 @@ def initial(key: jax.Array, images: jax.Array) -> dict:
 
 def forward(params: Any, x: jax.Array) -> jax.Array:
     """The same network as a pure function, which is traced in a third of the time."""
-    x = models.convolve(x, params["stem"]["kernel"], "SAME") + params["stem"]["bias"]
-    x = nn.relu(models.max_pool(x)).reshape(x.shape[0], -1)
-    return x @ params["head"]["kernel"] + params["head"]["bias"]
+    axes = ("NHWC", "HWIO", "NHWC")
+    kernel = params["stem"]["kernel"]
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
+    x = nn.max_pool(nn.relu(x + params["stem"]["bias"]), (2, 2), (2, 2))
+    return x.reshape(x.shape[0], -1) @ params["head"]["kernel"] + params["head"]["bias"]
 
 
 NET: nets.Net = [("conv", "stem", "SAME"), ("relu",), ("pool",), ("flatten",), ("dense", "head")]

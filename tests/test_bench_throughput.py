@@ -15,12 +15,11 @@ from bench_flags import check_refusals
 
 from experiments.bench import peers
 from experiments.bench.workloads import WORKLOADS, operations
-from noisefl.models import Lowering
 
 
-def model_of(name: str, **lowering: str) -> Any:
+def model_of(name: str) -> Any:
     workload = WORKLOADS[name]
-    return workload.network().clone(lowering=Lowering(**lowering)), workload.image_shape
+    return workload.network(), workload.image_shape
 
 
 def test_mcmahans_network_by_hand():
@@ -32,7 +31,7 @@ def test_mcmahans_network_by_hand():
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_forward_agrees_with_xla(name):
-    model, shape = model_of(name, conv="lax", pool="reduce", dense="matmul")
+    model, shape = model_of(name)
     images = jnp.zeros((4, *shape))
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     analysis: Any = jax.jit(model.apply).lower(params, images).cost_analysis()
@@ -45,7 +44,7 @@ def test_forward_agrees_with_xla(name):
 
 
 def test_a_step_agrees_with_xla():
-    model, shape = model_of("cifar10", conv="lax", dense="matmul")
+    model, shape = model_of("cifar10")
     images = jnp.zeros((2, *shape))
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     step = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, images) ** 2)))

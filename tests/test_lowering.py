@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from noisefl.models import Lowering, convolve, winograd
-from noisefl.models.layers import LOWERED
+from noisefl.models.convolution import ANY, PLAIN
 
 U = 2.0**-24
 CONVS = ["patches", "winograd", "lax", "auto"]
@@ -123,14 +123,20 @@ def bounds(conv: str, case: Case, images: int = 0, kernel: int = 0) -> list[Any]
     return winograd_bounds(case)
 
 
+def around(size: int, padding: str) -> Any:
+    """The zeros of a padding, above and below, left and right."""
+    return ((((size - 1) // 2, size // 2),) if padding == "SAME" else ((0, 0),)) * 2
+
+
 def forward_and_back(conv: str, padding: str, precision: str = "float32"):
     """(images, kernel, g) → the output of a pass alone, that of one to be differentiated, and the
     gradients; "auto" may lower the two passes in two ways."""
     how = Lowering(conv=conv, precision=precision, target="cpu")
 
     def both(images, kernel, g):
-        out, pullback = jax.vjp(lambda i, k: convolve(i, k, padding, how), images, kernel)
-        return convolve(images, kernel, padding, how), out, *pullback(g)
+        zeros = around(len(kernel), padding)
+        out, pullback = jax.vjp(lambda i, k: convolve(i, k, zeros, how), images, kernel)
+        return convolve(images, kernel, zeros, how), out, *pullback(g)
 
     return both
 
@@ -190,9 +196,10 @@ def test_convolution_under_vmap(conv, case):
     images, kernels, gs = (np.stack(part) for part in zip(*lanes, strict=True))
     one, both = arrays(case), forward_and_back(conv, case[1])
     how = Lowering(conv=conv, precision="float32", target="cpu")
+    zeros = around(*case[:2])
 
     def loss(images, kernels):
-        out = jax.vmap(lambda i, k: convolve(i, k, case[1], how))(images, kernels)
+        out = jax.vmap(lambda i, k: convolve(i, k, zeros, how))(images, kernels)
         return jnp.sum(out * gs)
 
     def all_of_them(images, kernels, gs):
@@ -283,12 +290,6 @@ def test_default_precision_is_float32_on_a_cpu(conv):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_padding_that_is_none():
-    images, kernel, _ = map(jnp.asarray, arrays(CASES[0]))
-    with pytest.raises(ValueError, match=r"^padding='same': must be SAME or VALID$"):
-        convolve(images, kernel, "same")
-
-
 def pooled(out, g):
     """Maxima of 2 × 2 blocks of `out`, and g where they are."""
     top, back = np.zeros(g.shape), np.zeros(out.shape)
@@ -312,7 +313,7 @@ def test_a_pooled_convolution(conv, case):
 
     def both(images, kernel, g):
         out, pullback = jax.vjp(
-            lambda i, k: convolve(i, k, padding, how, pool=True), images, kernel
+            lambda i, k: convolve(i, k, around(size, padding), how, pool=True), images, kernel
         )
         return out, *pullback(g)
 
@@ -332,7 +333,7 @@ def test_every_cut_of_one_channel_is_the_same(way, size, height, width, features
     g = uniform(3, 2, height - size + 1, width - size + 1, features)
 
     def both(images, kernel, g):
-        out, pullback = jax.vjp(lambda i, k: LOWERED[way](i, k, "float32"), images, kernel)
+        out, pullback = jax.vjp(lambda i, k: {**ANY, **PLAIN}[way](i, k, "float32"), images, kernel)
         return out, *pullback(g)
 
     for ours, wanted in zip(

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference_nets as nets
+from flax import linen as nn
 
 from noisefl import models
-from noisefl.models import LOWERINGS, MODELS, Conv, Dense, Lowering, max_pool, winograd
-from noisefl.strategy import lowered
+from noisefl.models import LOWERINGS, MODELS, Lowering, functions, max_pool, winograd
 
 U = 2.0**-24
 
@@ -77,11 +77,11 @@ def test_max_pooling(shape, ties):
 
 def dense(gradient: str, precision: str):
     """(x, params, g) → output, its gradients by x, by kernel and by bias."""
-    layer = Dense(7, Lowering(dense=gradient, precision=precision, target="cpu"))
+    layer: Any = functions(nn.Dense(7), Lowering(dense=gradient, precision=precision, target="cpu"))
 
     def all_of_them(x, kernel, g) -> Any:
         params = {"kernel": kernel, "bias": jnp.zeros(7)}
-        out, pullback = jax.vjp(lambda x, p: layer.apply({"params": p}, x), x, params)
+        out, pullback = jax.vjp(lambda x, p: layer.apply(p, x), x, params)
         by_x, by_params = pullback(g)
         return out, by_x, by_params["kernel"], by_params["bias"]
 
@@ -178,17 +178,6 @@ def test_every_listed_value_is_taken_but_winograd_in_bfloat16():
         Lowering(conv="winograd", precision="bfloat16")
 
 
-def test_lowering_changes_no_parameter():
-    """Names, shapes and initial values: a checkpoint is read under any lowering."""
-    images = jnp.zeros((1, 8, 8, 3))
-    layers = [Conv(16, 3, lowering=Lowering(conv=name)) for name in LOWERINGS["conv"]]
-    first, *others = run(
-        lambda key: [layer.init(key, images) for layer in layers], jax.random.key(0)
-    )
-    for params in others:
-        jax.tree.map(np.testing.assert_array_equal, params, first)
-
-
 # Whole models
 
 NETS: dict[str, nets.Net] = {
@@ -262,17 +251,16 @@ def test_a_model_is_that_of_numpy_under_any_lowering(name, other):
     assert tolerance < 0.01  # or it would hide a fault
 
     for way in (other, AUTO):
-        model: Any = lowered(models.by_name(name, 10), way)
-        assert model.lowering == way
+        model = functions(models.by_name(name, 10), way)
 
         def both(params, images, model=model):
             def loss(params):
-                out: Any = model.apply({"params": params}, images / 255)
+                out = model.apply(params, images / 255)
                 log_p = jax.nn.log_softmax(out)
                 return -jnp.mean(log_p[jnp.arange(2), labels]), out
 
             gradient, out = jax.grad(loss, has_aux=True)(params)
-            return out, gradient, model.apply({"params": params}, images / 255)
+            return out, gradient, model.apply(params, images / 255)
 
         *found, alone = run(both, jax.tree.map(np.float32, params), images.astype(np.float32))
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from noisefl import models
-from noisefl.models import MODELS, Conv, Dense, Layer, layer_order, max_pool
+from noisefl.models import MODELS, max_pool
 
 MNIST = (28, 28, 1)
 SMALL = (12, 12, 1)  # the smallest on which LeNet-5 still has something to convolve
@@ -45,34 +45,6 @@ def test_published_number_of_parameters(name, layer, parameters):
 
 def run(function, *inputs) -> Any:
     return jax.tree.map(np.asarray, jax.jit(function)(*inputs))
-
-
-@pytest.mark.parametrize(
-    ("size", "channels", "padding"),
-    [(2, 3, "SAME"), (3, 1, "VALID"), (5, 3, "SAME")],
-)
-def test_conv_is_flax_conv(size, channels, padding):
-    """Names, shapes and initial values of its parameters too; gradients and vmap are compared with
-    NumPy in test_lowering.py."""
-    ours: Any = Conv(3, size, padding)
-    theirs: Any = nn.Conv(3, (size, size), padding=padding, precision="highest")
-    images = np.random.default_rng(1).normal(size=(2, 7, 6, channels)).astype(np.float32)
-
-    def both(key):
-        made = [layer.init(key, images) for layer in (ours, theirs)]
-        params = jax.tree.map(lambda leaf: leaf + 0.1, made[0])  # biases begin at 0
-        return made, [layer.apply(params, images) for layer in (ours, theirs)]
-
-    made, outs = run(both, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, *made)
-    np.testing.assert_allclose(*outs, rtol=2e-5, atol=2e-5)
-
-
-def test_dense_is_flax_dense():
-    images = np.ones((2, 7), np.float32)
-    both = [layer.init for layer in (Dense(3), nn.Dense(3))]
-    made = run(lambda key: [init(key, images) for init in both], jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 4, 6, 3), (2, 5, 7, 2), (3, 3, 2, 1)])
@@ -137,41 +109,10 @@ def test_contract(name):
     ],
 )
 def test_layers_of_the_models(name, expected):
-    found = layer_order(models.by_name(name, 10), MNIST)
-    assert " ".join(".".join(path) + "*" * convolution for path, convolution in found) == expected
-
-
-class Inner(nn.Module):
-    def setup(self):
-        self.early = nn.Dense(4)
-        self.late = nn.Dense(4)
-
-    def __call__(self, x):
-        return self.early(nn.relu(self.late(x)))  # called against the order of definition
-
-
-class Backwards(nn.Module):
-    """Its names sort against its call order; one layer is called twice, one has no kernel."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(2, (3, 3), name="z_conv")(x)
-        x = nn.LayerNorm(name="y_norm")(x)
-        x = Conv(2, 3, name="x_conv")(x).reshape(x.shape[0], -1)
-        x = Inner(name="m_inner")(x)
-        shared = nn.Dense(4, name="b_shared")
-        return nn.Dense(3, name="a_dense")(shared(shared(x)))
-
-
-def test_layers_are_in_call_order():
-    assert layer_order(Backwards(), (4, 4, 1)) == (
-        Layer(("z_conv",), True),
-        Layer(("x_conv",), True),
-        Layer(("m_inner", "late"), False),
-        Layer(("m_inner", "early"), False),
-        Layer(("b_shared",), False),
-        Layer(("a_dense",), False),
-    )
+    found = models.functions(models.by_name(name, 10)).layers(MNIST)
+    assert " ".join(".".join(one.path) + "*" * one.convolution for one in found) == expected
+    for layer in found:
+        assert layer.parameters == ((*layer.path, "bias"), (*layer.path, "kernel"))
 
 
 def test_an_unknown_name():
@@ -187,8 +128,7 @@ def test_an_unknown_name():
 def test_functions_of_a_module():
     model: Any = models.by_name("mlp", 3)
     made = models.functions(model)
-    assert made.module is model
-    assert made.layers(SMALL) == layer_order(model, SMALL)
+    assert made.name == "MLP"
     images = np.random.default_rng(0).uniform(size=(2, *SMALL)).astype(np.float32)
 
     def all_of_it(key):
@@ -201,35 +141,21 @@ def test_functions_of_a_module():
 
 
 def init(key, images):
-    kernels = jax.random.split(key, 3)
-    return {
-        "stem": {"kernel": jax.random.normal(kernels[0], (3, 3, images.shape[-1], 2))},
-        "body": {"inner": {"kernel": jnp.zeros((5, 4)), "bias": jnp.zeros(4)}},
-        "scale": jnp.float32(2),
-        "head": {"kernel": jax.random.normal(kernels[1], images.shape[1:3]), "bias": jnp.zeros(2)},
-    }
+    return {"head": jax.random.normal(key, images.shape[1:3])}
 
 
 def apply(params, images):
-    return params["scale"] * jnp.einsum("bhwc,ho->bo", images, params["head"]["kernel"])
+    return jnp.einsum("bhwc,ho->bo", images, params["head"])
 
 
 def test_functions_of_a_pair():
-    """Its layers are the parameters that end in "kernel", in JAX's order; one of more than two axes
-    is a convolution."""
     made = models.functions((init, apply))
-    assert made.module is None
-    assert made.apply is apply
+    assert made.plain is apply
 
     def both(key):
         return made.init(key, (4, 6, 1)), init(key, jnp.zeros((1, 4, 6, 1)))
 
     jax.tree.map(np.testing.assert_array_equal, *run(both, jax.random.key(0)))
-    assert made.layers((4, 6, 1)) == (
-        Layer(("body", "inner"), False),
-        Layer(("head",), False),
-        Layer(("stem",), True),
-    )
 
 
 @pytest.mark.parametrize(

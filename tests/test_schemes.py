@@ -224,7 +224,7 @@ def test_it_says_what_it_is_and_what_a_client_has_in_the_end(cls):
         copy, model = fed.lane(copies, 0), setting(cls).functions
         returned = scheme.work(lambda params: params, copy, issue, slot, own(slot), model)
         known = scheme.spread(copy, issue.strength, model, fed.IMAGE)
-        return scheme.kept(returned, copy), scheme.bytes_sent(base, issue), known
+        return scheme.kept(returned, copy, issue), scheme.bytes_sent(base, issue), known
 
     kept, sent, known = jax.eval_shape(client, keys.root(0), base)
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, base)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from noisefl import evaluate, keys, measure, models, noise, split
-from noisefl.models import MODELS, Conv, functions, layer_order, max_pool
+from noisefl.models import MODELS, functions
 from noisefl.parts import changed
 from noisefl.round import RoundInfo, State
 
@@ -29,8 +29,8 @@ class Chain(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(max_pool(Conv(4, 3, name="z_conv")(x))).reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(12, name="y_dense")(x))
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), name="z_conv")(x)), (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(12, name="y_dense")(x.reshape(x.shape[0], -1)))
         return nn.Dense(CLASSES, name="x_dense")(x)
 
 
@@ -151,7 +151,22 @@ def at(model: Any, paths: Any, shape=IMAGE) -> Any:
 
 
 def layers(model, shape=IMAGE):
-    return [layer.path for layer in layer_order(model, shape)]
+    return [layer.path for layer in functions(model).layers(shape)]
+
+
+def meets(cut: Any, shape=IMAGE) -> Any:
+    """The layer that reads what stands at the cut."""
+    if cut is None:
+        return None
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    program = cut.model.program(cut.model.shapes(shape), images)
+    value, paths = program.cut(cut.touched), program.paths
+    (reads,) = (
+        {paths[v][:-1] for v in operation.reads if isinstance(v, int) and v < len(paths)}
+        for operation in program.operations
+        if value in operation.reads and set(operation.reads) & set(range(len(paths)))
+    )
+    return reads.pop()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,8 @@ def test_each_layer_of_a_cut_model(model, layer):
         assert at(model, parameters(model, [layer])[1]) is None
         return
     cut = check(model, [layer])
-    assert (cut and cut.path) == (None if layer == layers(model)[0] else layer)
+    of_images = layer in (layers(model)[0], ("side",))  # nothing lies below
+    assert meets(cut) == (None if of_images else layer)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +194,7 @@ def test_each_layer_of_a_cut_model(model, layer):
 )
 def test_several_layers_are_cut_below_the_first_called(model, noised, first):
     cut = check(model, [(name,) for name in noised])
-    assert cut is not None
-    assert cut.path == (first,)
+    assert meets(cut) == (first,)
 
 
 @pytest.mark.parametrize("devices", [2, 5])
@@ -231,21 +246,22 @@ def test_nothing_to_keep_below_the_first_layer(name):
     assert at(model, (), MNIST) is None
     assert at(model, paths(order[:1]), MNIST) is None
     assert at(model, paths(order), MNIST) is None
-    assert at(model, ((*order[0], "bias"), (*order[-1], "kernel")), MNIST) is None
+    # A bias is added to a product; that of a convolution is too large to be kept.
+    after = at(model, ((*order[0], "bias"), (*order[-1], "kernel")), MNIST)
+    assert (after is None) == (name != "mlp")
     last = at(model, paths(order[-1:]), MNIST)
-    assert last is not None
-    assert last.path == order[-1]
-    assert at(model, ((*order[-1], "bias"),), MNIST) == last
+    assert meets(last, MNIST) == order[-1]
+    assert at(model, ((*order[-1], "bias"),), MNIST) is not None
 
 
-def test_a_pair_of_functions_is_not_cut():
+def test_a_pair_of_functions_is_cut_as_well():
     model: Any = Chain()
     pair = (
         lambda key, images: model.init(key, images)["params"],
         lambda params, images: model.apply({"params": params}, images),
     )
     assert at(model, (("x_dense", "kernel"),)) is not None
-    assert at(pair, (("x_dense", "kernel"),)) is None
+    assert meets(at(pair, (("x_dense", "kernel"),))) == ("x_dense",)
 
 
 @pytest.mark.parametrize(("width", "kept"), [(split.LARGEST, True), (split.LARGEST + 1, False)])
@@ -266,16 +282,28 @@ def test_a_parameter_of_no_layer():
             x = nn.Dense(8, name="stem")(x.reshape(x.shape[0], -1))
             return nn.Dense(2, name="head")(nn.LayerNorm(name="norm")(x))
 
+    # Its scale meets one over the deviation first; the mean is taken off beside that.
     assert at(Normed(), (("norm", "scale"),)) is None
     assert at(Normed(), (("head", "kernel"), ("norm", "scale"))) is None
-    assert at(Normed(), (("head", "kernel"),)) is not None
+    made, images, paths = (
+        functions(Normed()),
+        jnp.asarray(data()[0]),
+        (("norm", "bias"), ("head", "bias")),
+    )
+    base = made.init(jax.random.key(0), IMAGE)
+    other = {**base, "norm": {**base["norm"], "bias": base["norm"]["bias"] + 0.3}}
+    cut: Any = at(Normed(), paths)
+    above = cut.above(other, images, cut.below(base, images, 8))
+    plain = made.plain(other, evaluate.scale(images))
+    np.testing.assert_allclose(above, plain, rtol=1e-5, atol=1e-6)
+    assert meets(at(Normed(), (("head", "kernel"),))) == ("head",)
 
 
 def test_what_lies_below_is_not_computed():
     """By XLA's own count of operations: one dense layer is left of two convolutions and three."""
-    model: Any = models.McMahanCNN(lowering=models.Lowering("lax"))
+    model: Any = models.McMahanCNN()
     batch = 8
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *MNIST)))["params"]
+    params = functions(model).shapes(MNIST)
     images = jax.ShapeDtypeStruct((batch, *MNIST), jnp.uint8)
     cut = at(model, (("dense2", "kernel"),), MNIST)
     kept = jax.ShapeDtypeStruct((batch, 512), jnp.float32)
@@ -322,7 +350,7 @@ def test_what_a_round_asks_is_answered_as_without_the_cut(monkeypatch):
     for at in (lambda *args: cuts.append(real(*args)) or cuts[-1], lambda *args: None):
         monkeypatch.setattr(split, "at", at)
         answers.append(jax.jit(lambda base: look(base))(base))
-    assert {cut.path for cut in cuts} == {("head",)}
+    assert {meets(cut) for cut in cuts} == {("head",)}
     (numbers, issue), (wanted, other) = answers
     assert issue.bill.tries == other.bill.tries > 1
     assert issue.strength == other.strength

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import many_lanes
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import noisefl
 from noisefl import keys, models, strategy
-from noisefl.models import LOWERINGS, MODELS, Conv, Dense, Lowering
-from noisefl.strategy import Strategy, lowered
+from noisefl.models import LOWERINGS, MODELS, Lowering
+from noisefl.strategy import Strategy
 
 SMALL = (12, 12, 1)
 
@@ -42,11 +41,11 @@ def step(experiment: noisefl.Experiment) -> str:
     return str(jax.make_jaxpr(noisefl.step)(inputs[0], state, inputs[2], experiment))
 
 
-def gradient(model: Any) -> str:
-    """Of a model's loss, as JAX writes it down."""
-    images = jax.ShapeDtypeStruct((2, *SMALL), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)
-    return str(jax.make_jaxpr(jax.grad(lambda p, x: jnp.sum(model.apply(p, x))))(params, images))
+def gradient(given: noisefl.Experiment) -> str:
+    """Of its model's loss, as JAX writes it down."""
+    images, model = jax.ShapeDtypeStruct((2, *SMALL), jnp.float32), given.functions
+    loss = jax.grad(lambda p, x: jnp.sum(model.apply(p, x)))
+    return str(jax.make_jaxpr(loss)(model.shapes(SMALL), images))
 
 
 # What is chosen
@@ -149,9 +148,8 @@ def test_a_named_target_is_all_that_a_round_reads(monkeypatch):
 
         patch.setattr(jax, "default_backend", nobody)
         resolved = given.resolved()
-        model = resolved.model
-        assert model.lowering == Lowering(target="gpu")
-        by_target = gradient(model)
+        assert resolved.functions.lowering == Lowering(target="gpu")
+        by_target = gradient(resolved)
     # A whole round of the smallest model; LeNet-5 alone would take seconds more to trace.
     assert data.image_shape == (6, 6, 1)
     small = experiment(target="gpu")
@@ -160,7 +158,7 @@ def test_a_named_target_is_all_that_a_round_reads(monkeypatch):
         named = step(small)
     on(monkeypatch, "gpu")
     assert step(experiment()) == named
-    assert gradient(experiment(models.LeNet5(3)).resolved().model) == by_target
+    assert gradient(experiment(models.LeNet5(3)).resolved()) == by_target
     monkeypatch.undo()
     assert step(experiment(target="cpu")) != named
 
@@ -169,7 +167,7 @@ def test_a_named_target_is_all_that_a_round_reads(monkeypatch):
 def test_two_targets_are_two_lowerings(name):
     """And those of a kind are one."""
     cpu, gpu, tpu = (
-        gradient(experiment(models.by_name(name, 3), target=target).resolved().model)
+        gradient(experiment(models.by_name(name, 3), target=target).resolved())
         for target in ("cpu", "gpu", "tpu")
     )
     assert cpu != gpu == tpu
@@ -194,8 +192,12 @@ def test_two_targets_are_two_lowerings(name):
 )
 def test_how_a_convolution_is_lowered(how, layer, passes):
     """Kernel [size, size, channels, features], and whether it is pooled; in a pass alone, and in
-    one to be differentiated."""
-    assert Lowering(**how).conv_of(*layer) == passes
+    one to be differentiated. With strides or groups there are patches, or XLA's own."""
+    size, channels, features, *pool = layer
+    kernel = size, size, channels, features
+    assert Lowering(**how).conv_of(kernel, True, *pool) == passes
+    other = "lax" if how.get("conv") == "lax" else "patches"
+    assert Lowering(**how).conv_of(kernel, False) == (other, other)
 
 
 def test_how_pooling_and_dense_gradients_are_lowered(monkeypatch):
@@ -216,40 +218,15 @@ def test_how_pooling_and_dense_gradients_are_lowered(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_of_a_model_is_lowered_as_the_strategy_says(name):
+def test_a_model_is_lowered_as_the_strategy_says(name):
     way = {"conv": "lax", "pool": "reduce", "dense": "outer", "precision": "float32"}
-    model: Any = experiment(models.by_name(name, 3), target="gpu", **way).resolved().model
-    assert model.num_classes == 3
-    seen: list[Any] = []
-
-    def note(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, Conv | Dense):
-            seen.append(context.module.lowering)
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        text = gradient(model)
-    assert set(seen) == {Lowering(**way, target="gpu")}
-    pools = "reduce_max" in text
-    assert pools == (name != "mlp")
-    if pools:
-        other = lowered(models.by_name(name, 3), Lowering(**{**way, "pool": "compare"}))
-        assert gradient(other) != text
-
-
-def test_what_a_model_says_itself_is_kept():
-    told = Lowering("lax", "reduce", "outer", "bfloat16", "gpu")
-    assert lowered(models.LeNet5(), told) == models.LeNet5(lowering=told)
-    half = models.LeNet5(lowering=Lowering(conv="patches", target="cpu"))
-    mixed = Lowering("patches", "reduce", "outer", "bfloat16", "cpu")
-    assert lowered(half, told) == models.LeNet5(lowering=mixed)
+    resolved = experiment(models.by_name(name, 3), target="gpu", **way).resolved()
+    assert resolved.model == models.by_name(name, 3)
+    assert resolved.functions.lowering == Lowering(**way, target="gpu")
+    text = gradient(resolved)
+    assert ("reduce_max" in text) == (name != "mlp")
+    other = gradient(
+        experiment(models.by_name(name, 3), target="gpu", **{**way, "pool": "compare"})
+    )
+    assert (other != text) == (name != "mlp")
     assert set(LOWERINGS) == {"conv", "pool", "dense", "precision"}
-
-
-def test_a_model_without_a_lowering_is_as_it_was():
-    class Own(nn.Module):
-        lowering: str = "mine"
-
-    pair = (lambda key, images: {}, lambda params, images: images)
-    for model in (many_lanes.Linear(), Own(), pair):
-        assert lowered(model, Lowering("lax")) is model

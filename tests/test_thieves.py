@@ -380,7 +380,7 @@ class Convolutions(fed.TinyCNN):
 
     @fed.nn.compact
     def __call__(self, x):
-        return models.Conv(fed.CLASSES, 3, name="stem")(x).mean((1, 2))
+        return fed.nn.Conv(fed.CLASSES, (3, 3), name="stem")(x).mean((1, 2))
 
 
 class Unbiased(fed.TinyCNN):
@@ -392,7 +392,8 @@ class Unbiased(fed.TinyCNN):
 
 
 def test_ridge_refuses_models_without_a_dense_head():
-    for model in ((fed.initial, fed.forward), Convolutions(), Unbiased()):
+    attacks.Ridge().fit(models.functions((fed.initial, fed.forward)), fed.IMAGE)
+    for model in (Convolutions(), Unbiased()):
         with pytest.raises(ValueError, match=r"^model='"):
             attacks.Ridge().fit(models.functions(model), fed.IMAGE)
     attacks.Ridge().fit(models.functions(models.LeNet5()), (28, 28, 1))

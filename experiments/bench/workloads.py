@@ -17,7 +17,6 @@ import noisefl
 from noisefl import Cohort, Experiment, Federation, Strategy, mesh, models
 from noisefl.data import Images
 from noisefl.local import SGD, Training
-from noisefl.models import convolve
 
 LEARNING_RATE = 0.01
 
@@ -147,21 +146,9 @@ class Operations(NamedTuple):
     step: int  # forward and backward; the first layer has no gradient of its input
 
 
-def operations(model: nn.Module, image_shape: tuple[int, int, int]) -> Operations:
+def operations(model: Any, image_shape: tuple[int, int, int]) -> Operations:
     """Operations of one image through `model`, counted from its shapes."""
-    layers: list[int] = []
-
-    def note(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        out = next_call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
-            kernel = context.module.get_variable("params", "kernel")
-            whole = out
-            if kernel.ndim > 2:  # what comes out may be pooled
-                whole = jax.eval_shape(lambda x: convolve(x, kernel, context.module.padding), *args)
-            places = whole.size // whole.shape[-1]  # where the kernel is applied
-            layers.append(2 * kernel.size * places)
-        return out
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    made = models.functions(model)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    layers = made.program(made.shapes(image_shape), images).products()
     return Operations(sum(layers), 3 * sum(layers) - layers[0])

@@ -12,14 +12,14 @@ from noisefl.parts import part
 
 @part
 class Recalibrate(Training):
-    """Of each layer that owns a kernel, kernel[..., c] · s[c] and bias[c] + t[c]: so few numbers
+    """Of each layer, kernel[..., c] · s[c] and bias[c] + t[c]: so few numbers
     that a handful of images decides them. Of the newest copy."""
 
     def steal(self, key: jax.Array, view: View, own: Own, public: Public) -> Params:
         copy: dict = flatten_dict(newest(view, view.copies))  # pyright: ignore
-        layers = [layer.path for layer in public.functions.layers(public.image_shape)]
-        kernels = [(*path, "kernel") for path in layers]
-        biases = [path for path in ((*path, "bias") for path in layers) if path in copy]
+        layers = public.functions.layers(public.image_shape)
+        kernels = [layer.kernel for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         scales = {path: jnp.ones(copy[path].shape[-1]) for path in kernels}
         shifts = {path: jnp.zeros_like(copy[path]) for path in biases}
         loss = labelled(own, public)

@@ -24,34 +24,29 @@ class Ridge(Attack):
     ridge: Number = number(0.1, "λ, in mean variances of a feature; middle of those tried", low=0)
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int]) -> None:
-        if model.module is None:
-            raise refuse("model", "(init, apply)", "must be a Flax linen module")
-        shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
-        layers, flat = model.layers(image_shape), flatten_dict(shapes)
-        last = layers[-1].path if layers else ()
-        names = {path[-1] for path in flat if path[:-1] == last}  # pyright: ignore
-        if not layers or layers[-1].convolution or names != {"kernel", "bias"}:
-            raise refuse("model", "/".join(last), "its last layer must be dense, with a bias")
+        layers = model.layers(image_shape)
+        if not layers or layers[-1].convolution or layers[-1].bias is None:
+            raise refuse("model", model.name, "its last layer must be dense, with a bias")
         images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-        below = Split(model.module, last).below
+        below, shapes = Split(model, (layers[-1].kernel,)).below, model.shapes(image_shape)
         found = jax.eval_shape(lambda p, x: below(p, x, 2), shapes, images)
         if found.ndim != 2:
-            raise refuse("model", "/".join(last), "its last layer must take features [N, F]")
+            raise refuse("model", model.name, "its last layer must take features [N, F]")
 
     def candidates(self) -> list[Attack]:
         return [self.replace(ridge=self.ridge * factor) for factor in FACTORS]
 
     def steal(self, key: jax.Array, view: View, own: Own, public: Public) -> Params:
-        module, layers = public.functions.module, public.functions.layers(public.image_shape)
-        assert module is not None
-        copy, last = newest(view, view.copies), layers[-1].path
-        features = Split(module, last).below(copy, own.images[own.rows], public.batch)
+        model = public.functions
+        copy, last = newest(view, view.copies), model.layers(public.image_shape)[-1]
+        below = Split(model, (last.kernel,)).below
+        features = below(copy, own.images[own.rows], public.batch)
         flat: dict = flatten_dict(copy)  # pyright: ignore[reportAssignmentType]
-        classes = flat[*last, "bias"].shape[-1]
+        classes = flat[last.kernel].shape[-1]
         targets = jax.nn.one_hot(own.labels[own.rows], classes) - 1 / classes
         valid = jnp.arange(own.rows.shape[0]) < own.count
         kernel, bias = head(features, targets, valid, self.ridge)
-        return unflatten_dict({**flat, (*last, "kernel"): kernel, (*last, "bias"): bias})
+        return unflatten_dict({**flat, last.kernel: kernel, last.bias: bias})
 
 
 def head(

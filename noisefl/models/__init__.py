@@ -1,21 +1,20 @@
-"""Flax linen models and the layers they are made of."""
+"""Models, and how any model of Flax or of plain functions is run in a round."""
 
 from flax import linen as nn
 
 from noisefl.errors import nearest, refuse
+from noisefl.models.convolution import Geometry as Geometry
+from noisefl.models.convolution import convolve as convolve
 from noisefl.models.functions import Functions as Functions
 from noisefl.models.functions import functions as functions
-from noisefl.models.layers import Conv as Conv
-from noisefl.models.layers import Dense as Dense
-from noisefl.models.layers import convolve as convolve
-from noisefl.models.layers import max_pool as max_pool
 from noisefl.models.lenet import LeNet5 as LeNet5
 from noisefl.models.lowering import LOWERINGS as LOWERINGS
 from noisefl.models.lowering import Lowering as Lowering
 from noisefl.models.mcmahan import McMahanCNN as McMahanCNN
 from noisefl.models.mlp import MLP as MLP
-from noisefl.models.order import Layer as Layer
-from noisefl.models.order import layer_order as layer_order
+from noisefl.models.pooling import max_pool as max_pool
+from noisefl.models.program import Layer as Layer
+from noisefl.models.program import Program as Program
 from noisefl.models.two_conv import TwoConvCNN as TwoConvCNN
 
 MODELS: dict[str, type[nn.Module]] = {

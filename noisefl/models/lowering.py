@@ -47,11 +47,21 @@ class Lowering:
         if self.conv == "winograd" and self.precision == "bfloat16":
             raise refuse("conv", self.conv, "needs float32: it would amplify the rounding")
 
-    def conv_of(
-        self, size: int, channels: int, features: int, pool: bool = False
-    ) -> tuple[str, str]:
-        """How one layer, kernel [size, size, channels, features], is lowered: in a forward pass
-        alone, and in one that is differentiated. Patches may be those of whole pooling windows."""
+    def with_precision(self, precision: str) -> "Lowering":
+        return dataclasses.replace(self, precision=precision)
+
+    def conv_of(self, kernel: tuple[int, ...], plain: bool, pool: bool = False) -> tuple[str, str]:
+        """How one layer is lowered: in a forward pass alone, and in one that is differentiated.
+        Patches may be those of whole pooling windows.
+
+        Args:
+          kernel: [h, w, Ch / G, O].
+          plain: square, without strides, dilation or groups; any other has patches or XLA's own.
+          pool: 2 × 2 max pooling follows.
+        """
+        if not plain:
+            return ("lax", "lax") if self.conv == "lax" else ("patches", "patches")
+        size, _, channels, features = kernel
         fits = 2 <= size <= 5
         alone = "windows" if pool else "strips"
         # A GPU's compiler finds no tiles for some gradients of windows.

@@ -3,9 +3,6 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Conv, Dense
-from noisefl.models.lowering import Lowering
-
 
 class McMahanCNN(nn.Module):
     """Two 5 × 5 convolutions (32, 64), each with 2 × 2 max pooling, 512 dense units, softmax.
@@ -14,14 +11,12 @@ class McMahanCNN(nn.Module):
     """
 
     num_classes: int = 10
-    lowering: Lowering = Lowering()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
-        how = self.lowering
-        x = nn.relu(Conv(32, 5, pool=True, lowering=how, name="conv1")(x))
-        x = nn.relu(Conv(64, 5, pool=True, lowering=how, name="conv2")(x))
+        x = nn.max_pool(nn.relu(nn.Conv(32, (5, 5), name="conv1")(x)), (2, 2), (2, 2))
+        x = nn.max_pool(nn.relu(nn.Conv(64, (5, 5), name="conv2")(x)), (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(Dense(512, how, name="dense1")(x))
-        return Dense(self.num_classes, how, name="dense2")(x)
+        x = nn.relu(nn.Dense(512, name="dense1")(x))
+        return nn.Dense(self.num_classes, name="dense2")(x)

@@ -3,9 +3,6 @@
 import jax
 from flax import linen as nn
 
-from noisefl.models.layers import Dense
-from noisefl.models.lowering import Lowering
-
 
 class MLP(nn.Module):
     """Two hidden layers of 200 units: 199,210 parameters on MNIST.
@@ -14,14 +11,12 @@ class MLP(nn.Module):
     """
 
     num_classes: int = 10
-    lowering: Lowering = Lowering()
     hidden: int = 200
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, Ch] in [0, 1] to logits [B, C]."""
-        how = self.lowering
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(Dense(self.hidden, how, name="dense1")(x))
-        x = nn.relu(Dense(self.hidden, how, name="dense2")(x))
-        return Dense(self.num_classes, how, name="dense3")(x)
+        x = nn.relu(nn.Dense(self.hidden, name="dense1")(x))
+        x = nn.relu(nn.Dense(self.hidden, name="dense2")(x))
+        return nn.Dense(self.num_classes, name="dense3")(x)

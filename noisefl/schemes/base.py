@@ -126,7 +126,7 @@ class Scheme(Part):
 
     def touched(self, model: Functions, image_shape: tuple[int, int, int]) -> tuple[Path, ...]:
         """Paths of the parameters in which copies may differ from W; default all."""
-        shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+        shapes = model.shapes(image_shape)
         return tuple(sorted(flatten_dict(shapes)))
 
     def slots(self, cohort: Cohort) -> dict[str, int]:
@@ -170,7 +170,7 @@ class Scheme(Part):
         """What it returns: its model after local training, unless the scheme says otherwise."""
         return train(copy)
 
-    def kept(self, returned: Any, copy: Params) -> Params:
+    def kept(self, returned: Any, copy: Params, issue: Issue) -> Params:
         """The model that the client itself has in the end; default all that it returned."""
         return returned
 

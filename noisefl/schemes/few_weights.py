@@ -57,7 +57,7 @@ class FewWeights(OneCopy):
     sample: int = size(256, "judging images that their gradient is taken on", unit="images")
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
-        shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+        shapes = model.shapes(image_shape)
         all_of_them = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         if self.entries > all_of_them:
             raise refuse("entries", self.entries, f"the model has {all_of_them} parameters")

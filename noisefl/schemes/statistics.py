@@ -60,21 +60,16 @@ class Statistics(Scheme):
     at_once: int = size(100, "images whose features are computed in one pass", unit="images")
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
-        if model.module is None:
-            raise refuse("model", "a pair of functions", "must be a Flax linen module")
-        params: Any = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
-        last, name = model.layers(image_shape)[-1].path, type(model.module).__name__
+        params: Any = model.shapes(image_shape)
+        last, name = model.layers(image_shape)[-1].path, model.name
         if _head(params) != last or set(_of(params, last)) != {"kernel", "bias"}:
             allowed = (
                 "must end in a dense layer with a bias, of another size than any layer's input"
             )
             raise refuse("model", name, allowed)
         images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
-        split = Split(model.module, last)
-        try:
-            found = jax.eval_shape(lambda p, x: split.below(p, x, 2), params, images)
-        except LookupError as error:
-            raise refuse("model", name, f"its last layer is {error}") from None
+        split = Split(model, ((*last, "kernel"),))
+        found = jax.eval_shape(lambda p, x: split.below(p, x, 2), params, images)
         if found.shape != (2, _of(params, last)["kernel"].shape[0]):
             allowed = f"its last layer must read [B, F], and reads {list(found.shape)}"
             raise refuse("model", name, allowed)
@@ -106,10 +101,9 @@ class Statistics(Scheme):
         model: Functions,
     ) -> Sums:  # fmt: skip
         """Means over the client's own images, "gram" [F + 1, F + 1] and "cross" [F + 1, C]."""
-        assert model.module is not None, "of `fit`"
         last = _head(copy)
         classes = _of(copy, last)["kernel"].shape[-1]
-        split, padded = Split(model.module, last), own.rows.shape[0]
+        split, padded = Split(model, ((*last, "kernel"),)), own.rows.shape[0]
         batch = min(self.at_once, padded)
         short = -padded % batch
         rows = jnp.pad(own.rows, (0, short)).reshape(-1, batch)
@@ -131,7 +125,7 @@ class Statistics(Scheme):
         sums = lax.scan(add, _nothing(copy), (rows, valid))[0]
         return jax.tree.map(lambda total: total / jnp.maximum(own.count, 1), sums)
 
-    def kept(self, returned: Sums, copy: Params) -> Params:
+    def kept(self, returned: Sums, copy: Params, issue: Issue) -> Params:
         """The random layers: there is nothing else."""
         return copy
 

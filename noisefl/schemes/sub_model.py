@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from noisefl import keys
 from noisefl.cohort import Cohort, Members
 from noisefl.errors import refuse
-from noisefl.models import Functions
+from noisefl.models import Functions, Layer
 from noisefl.noise import Path
 from noisefl.parts import choice, part
 from noisefl.probing import Judge
@@ -27,7 +27,7 @@ class Units:
     key: jax.Array  # of the order of the units
     clients: jax.Array  # int32 [V], whose order it is: of "sticky"
     round: jax.Array  # int32 [], t: of "rolling"
-    chain: tuple[Path, ...] = struct.field(pytree_node=False)  # the layers in call order
+    chain: tuple[Layer, ...] = struct.field(pytree_node=False)  # the layers in call order
 
 
 @part
@@ -72,14 +72,12 @@ class SubModel(Calibrated):
     )
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
-        shapes: Any = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
-        flat: dict[Path, Any] = flatten_dict(shapes)  # pyright: ignore
-        chain = [layer.path for layer in model.layers(image_shape)]
-        for below, above in itertools.pairwise(chain):
-            made, read = (flat[(*layer, "kernel")].shape for layer in (below, above))
+        flat: dict[Path, Any] = flatten_dict(model.shapes(image_shape))  # pyright: ignore
+        for below, above in itertools.pairwise(model.layers(image_shape)):
+            made, read = (flat[layer.kernel].shape for layer in (below, above))
             flattened = len(made) > 2 and len(read) == 2  # an image becomes rows
             if read[-2] % made[-1] if flattened else read[-2] != made[-1]:
-                names = "/".join(below), "/".join(above)
+                names = "/".join(below.path), "/".join(above.path)
                 allowed = f"{names[1]} {read} does not read the outputs of {names[0]} {made}"
                 raise refuse("model", "/".join(names), allowed)
 
@@ -98,8 +96,8 @@ class SubModel(Calibrated):
         judge: Judge, carry: Carry,
     ) -> tuple[Issue, Carry]:  # fmt: skip
         sticky, carry = carry
-        chain = tuple(layer.path for layer in judge.model.layers(judge.image_shape))
-        drawn = Units(sticky, members.clients, round, chain)
+        layers = judge.model.layers(judge.image_shape)
+        drawn = Units(sticky, members.clients, round, layers)
         issue, carry = self.calibrated(lambda key: drawn, key, base, members, judge, carry)
         return issue, (sticky, carry)
 
@@ -108,13 +106,12 @@ class SubModel(Calibrated):
         flat: dict[Path, jax.Array] = flatten_dict(base)  # pyright: ignore
         masks = {path: jnp.ones_like(leaf) for path, leaf in flat.items()}
         for place, (layer, above) in enumerate(itertools.pairwise(draw.chain)):
-            units = flat[(*layer, "kernel")].shape[-1]
+            units = flat[layer.kernel].shape[-1]
             order = self._order(keys.stream(draw.key, "layer", place), units, draw, variant)
             mine = jnp.float32(order < jnp.ceil(units / (1 + strength)))
-            for path in masks:
-                if path[:-1] == layer and flat[path].shape[-1:] == (units,):
-                    masks[path] *= mine
-            rows = (*above, "kernel")
+            for path in layer.parameters:
+                masks[path] *= mine
+            rows = above.kernel
             masks[rows] *= jnp.tile(mine, flat[rows].shape[-2] // units)[:, None]
         return unflatten_dict(masks)
 

@@ -31,7 +31,7 @@ class Withheld(Scheme):
     server's part are what SFL-MEA steals from.
 
     Attributes:
-      withheld_layers: how many of the layers that own a kernel, from the last one called.
+      withheld_layers: how many layers, from the last one called.
 
     Raises:
       ValueError: in `fit`, a model that has no more layers than that.
@@ -55,8 +55,8 @@ class Withheld(Scheme):
             raise refuse("withheld_layers", self.withheld_layers, allowed)
 
     def touched(self, model: Functions, image_shape: tuple[int, int, int]) -> tuple[Path, ...]:
-        last = {layer.path for layer in model.layers(image_shape)[-self.withheld_layers :]}
-        return tuple(p for p in super().touched(model, image_shape) if p[:-1] in last)
+        last = model.layers(image_shape)[-self.withheld_layers :]
+        return tuple(sorted(path for layer in last for path in layer.parameters))
 
     def slots(self, cohort: Cohort) -> dict[str, int]:
         return {"copy0": 0}
@@ -78,14 +78,13 @@ class Withheld(Scheme):
     ) -> Params:  # fmt: skip
         return train(_with(copy, issue.secret))
 
-    def kept(self, returned: Params, copy: Params) -> Params:
-        """A layer whose kernel is 0 throughout in the copy is one that the client never had. (A
-        layer that is handed out has no such kernel: nothing would come through it.)"""
-        flat: dict[Path, jax.Array] = flatten_dict(copy)  # pyright: ignore
-        blank = {path[:-1]: jnp.all(x == 0) for path, x in flat.items() if path[-1] == "kernel"}
-        trained: dict[Path, jax.Array] = flatten_dict(returned)  # pyright: ignore
-        return unflatten_dict(
-            {p: jnp.where(blank.get(p[:-1], False), flat[p], trained[p]) for p in flat}
+    def kept(self, returned: Params, copy: Params, issue: Issue) -> Params:
+        """What was withheld the client never had."""
+        blank: dict[Path, jax.Array] = flatten_dict(copy)  # pyright: ignore
+        own: dict[Path, jax.Array] = flatten_dict(returned)  # pyright: ignore
+        return _with(
+            returned,
+            {p: jnp.where(issue.protected, blank[p], own[p]) for p in issue.secret},
         )
 
     def recover(

@@ -81,8 +81,8 @@ class Wrapper(Scheme):
     ) -> Any:  # fmt: skip
         return self.inner.work(train, copy, issue, slot, own, model)
 
-    def kept(self, returned: Any, copy: Params) -> Params:
-        return self.inner.kept(returned, copy)
+    def kept(self, returned: Any, copy: Params, issue: Issue) -> Params:
+        return self.inner.kept(returned, copy, issue)
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
@@ -162,9 +162,9 @@ class Delayed(Wrapper):
             lambda: train(copy),
         )
 
-    def kept(self, returned: Any, copy: Params) -> Params:
+    def kept(self, returned: Any, copy: Params, issue: Issue) -> Params:
         """In a round that hands out W `returned` is of W too, and a client has no less of it."""
-        return self.inner.kept(returned, copy)
+        return self.inner.kept(returned, copy, issue)
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
