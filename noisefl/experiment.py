@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from noisefl import models
+from noisefl import keys, models, running
 from noisefl.average import Average, Mean
 from noisefl.cohort import Cohort
 from noisefl.data import Federation
@@ -16,6 +18,8 @@ from noisefl.probing import Judge
 from noisefl.schemes import NEVER, Bare, Scheme, Warmup
 from noisefl.server import SGD, Server
 from noisefl.strategy import Strategy
+
+Params = Any
 
 
 @part
@@ -39,6 +43,10 @@ class Experiment(Part):
     accuracy_on: str = choice(
         "validation", ("validation", "test"), "split on which the cap and the owner are judged"
     )
+    running_statistics: str = choice(
+        "averaged", ("averaged", "estimated"),
+        "of batch normalisation: the mean of the clients', or W's anew on the server's images",
+    )  # fmt: skip
     strategy: Strategy = child(Strategy, "speed: how clients, images and layers are laid out")
 
     def resolved(self) -> "Experiment":
@@ -49,6 +57,28 @@ class Experiment(Part):
     def functions(self) -> models.Functions:
         """Of the model, lowered as the strategy says."""
         return models.functions(self.model, self.strategy.lowering)
+
+    def running(
+        self, key: jax.Array, base: Params, before: Params, update: Params, judge: Judge
+    ) -> Params:
+        """W with its running statistics as the experiment wants them; without any as it is.
+
+        Args:
+          key: of the round.
+          base: W after the server's step, which treats every number as a parameter.
+          before: W before it.
+          update: the averaged update.
+          judge: of the server's split.
+        """
+        model = self.functions
+        state = model.written.state_of(base)
+        if self.running_statistics == "estimated":
+            rows = jnp.arange(judge.labels.shape[0])
+            own = keys.stream(key, "statistics")
+            return running.estimated(own, model, base, judge.images, rows, rows.shape[0])
+        old: dict[Any, jax.Array] = flatten_dict(before)  # pyright: ignore
+        change: dict[Any, jax.Array] = flatten_dict(update)  # pyright: ignore
+        return models.with_leaves(base, {path: old[path] + change[path] for path in state})
 
     def judge(self, data: Federation) -> Judge:
         """What the parts of a round may ask about models on the judging split."""

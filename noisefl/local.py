@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 
 from noisefl import evaluate, keys
+from noisefl.models import Functions, with_leaves
 from noisefl.optimizers import SGD as SGD
 from noisefl.optimizers import Optax as Optax
 from noisefl.optimizers import Optimizer, taken
@@ -53,7 +54,7 @@ class Training(Part):
         return count * self.local_epochs
 
     def train(
-        self, key: jax.Array, round: jax.Array, apply: evaluate.Apply, params: Params, own: Own,
+        self, key: jax.Array, round: jax.Array, model: Functions, params: Params, own: Own,
         gather: str, rate: jax.Array | None = None,
     ) -> Params:  # fmt: skip
         """The client's model after local training.
@@ -61,7 +62,7 @@ class Training(Part):
         Args:
           key: the client's key of this round.
           round: int32 [], t.
-          apply: of `models.functions`.
+          model: of `models.functions`.
           params: what the client received.
           own: its data.
           gather: of `Strategy`.
@@ -69,8 +70,8 @@ class Training(Part):
         """
         positions, valid = self.batches(key, own.count, own.rows.shape[0])
         return descend(
-            apply, self.optimizer.transformation(round), params, own, own.rows[positions], valid,
-            gather, rate,
+            keys.stream(key, "steps"), model, self.optimizer.transformation(round), params, own,
+            own.rows[positions], valid, gather, rate,
         )  # fmt: skip
 
     def batches(self, key: jax.Array, count: jax.Array, padded: int) -> tuple[jax.Array, jax.Array]:
@@ -106,13 +107,16 @@ class Training(Part):
 
 
 def descend(
-    apply: evaluate.Apply, optimizer: optax.GradientTransformation, params: Params, own: Own,
-    samples: jax.Array, valid: jax.Array, gather: str = "step", rate: jax.Array | None = None,
+    key: jax.Array, model: Functions, optimizer: optax.GradientTransformation, params: Params,
+    own: Own, samples: jax.Array, valid: jax.Array, gather: str = "step",
+    rate: jax.Array | None = None,
 ) -> Params:  # fmt: skip
     """Trains `params` on the given batches, one optimizer step each.
 
     Args:
-      apply: of `models.functions`.
+      key: of what is random in training, such as dropout.
+      model: of `models.functions`. Its running statistics are those after the last batch; a batch
+        that is not full is filled up with its own images in turn, which count for them alone.
       optimizer: an optax transformation, begun afresh.
       params: where to start.
       own: `images` and `labels` are read.
@@ -123,12 +127,19 @@ def descend(
       rate: float32 [], what multiplies every step.
     """
 
-    def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = apply(params, evaluate.scale(images))
+    def loss(
+        params: Params, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        if model.has_modes:
+            valid_first = jnp.argsort(labels < 0, stable=True)
+            there = jnp.maximum(jnp.sum(labels >= 0), 1)
+            filled = valid_first[jnp.arange(labels.shape[0]) % there]
+            images = images[jnp.where(labels >= 0, jnp.arange(labels.shape[0]), filled)]
+        logits, statistics = model.train(params, evaluate.scale(images), key)
         # Labels are compared, not looked up: the gradient of a look-up is a kernel of its own. A
         # masked sample is of no class.
         losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
-        return jnp.sum(losses) / jnp.maximum(jnp.sum(labels >= 0), 1)
+        return jnp.sum(losses) / jnp.maximum(jnp.sum(labels >= 0), 1), statistics
 
     # Steps with data come first: the loop can then end with the last of them.
     some = jnp.any(valid, axis=1)
@@ -141,13 +152,14 @@ def descend(
     def step(index: jax.Array, carry: Any) -> Any:
         params, state, valid = carry
         batch = own.images[samples[index]] if images is None else images[index]
-        gradient = jax.grad(loss)(params, batch, labels[index])
+        own_key = keys.stream(key, "step", index) if model.has_modes else key
+        gradient, statistics = jax.grad(loss, has_aux=True)(params, batch, labels[index], own_key)
         updates, after = optimizer.update(gradient, state, params)
         if rate is not None:
             updates = jax.tree.map(lambda update: rate * update, updates)
         kept = jax.tree.map(
             lambda new, old: jnp.where(valid, new, old),
-            (optax.apply_updates(params, updates), after),
+            (with_leaves(optax.apply_updates(params, updates), statistics), after),
             (params, state),
         )
         return *kept, index + 1 < steps  # here: what is compared in a step does not fuse with it

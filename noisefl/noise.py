@@ -93,9 +93,10 @@ class Where(Part):
             except re.error as error:
                 allowed = f"not a regular expression ({error})"
                 raise refuse("noise_layers", self.noise_layers, allowed) from None
+            everything = set(flatten_dict(model.shapes(image_shape)))
             paths = [
                 path
-                for path in sorted(flatten_dict(model.shapes(image_shape)))
+                for path in sorted(everything - set(model.state(image_shape)))
                 if pattern.fullmatch("/".join(path)) or pattern.fullmatch("/".join(path[:-1]))
             ]
         if self.noise_parameters == "kernel":

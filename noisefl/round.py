@@ -100,7 +100,7 @@ def step(
     """
     experiment = experiment.resolved()
     scheme, strategy = experiment.scheme, experiment.strategy
-    apply, judge = experiment.functions.apply, experiment.judge(data)
+    model, judge = experiment.functions, experiment.judge(data)
     t = state.round + 1
     key = keys.of_round(key, t)
 
@@ -118,10 +118,10 @@ def step(
         own = Own(data.train_images, data.train_labels, data.clients[k], data.counts[k])
 
         def train(params: Params) -> Params:
-            return experiment.local.train(own_key, t, apply, params, own, strategy.gather, **asked)
+            return experiment.local.train(own_key, t, model, params, own, strategy.gather, **asked)
 
         copy = scheme.copy(state.base, issue, slot)
-        returned = scheme.work(train, copy, issue, slot, own, experiment.functions)
+        returned = scheme.work(train, copy, issue, slot, own, model)
         recovered = scheme.recover(returned, copy, state.base, issue, slot)
         seen = copy, scheme.kept(returned, copy, issue)
         told = observe(own_key, *seen, own) if observe else ()
@@ -136,6 +136,7 @@ def step(
     )  # fmt: skip
     update, remembered = scheme.combine(averaged, state.base, issue, remembered)
     base, server = experiment.server.step(state.base, update, state.server)  # W
+    base = experiment.running(key, base, state.base, update, judge)
     held = experiment.owner.update(  # G
         key, state.owner, base, members, data.counts, issue.protected, judge, state.held
     )

@@ -29,7 +29,7 @@ class Split(NamedTuple):
             program = self.model.program(params, scaled)
             cut = program.cut(self.touched)
             assert cut is not None, "of `at`"
-            return program.run(params, scaled, self.model.lowering, cut)
+            return program.run(params, [scaled], self.model.lowering, [cut])[0]
 
         return evaluate.in_batches(one, (images,), batch)
 
@@ -40,7 +40,8 @@ class Split(NamedTuple):
         program = self.model.program(params, scaled)
         cut = program.cut(self.touched)
         assert cut is not None, "of `at`"
-        return program.run(params, scaled, self.model.lowering, given={cut: kept})
+        given = {cut: kept}
+        return program.run(params, [scaled], self.model.lowering, given=given)[0]
 
 
 def at(

@@ -15,7 +15,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from noisefl import attacks, evaluate, keys
+from noisefl import attacks, evaluate, keys, running
 from noisefl.attacks import Attack, Public, Scratch, View
 from noisefl.data import Federation
 from noisefl.experiment import Experiment
@@ -271,6 +271,14 @@ class Trial:
         answers = jax.nn.softmax(_logits(apply, self.owner, questions, batch))
         return view.replace(questions=questions, answers=answers)  # pyright: ignore
 
+    def made(self, attack: Attack, key: jax.Array, view: View, own: Own) -> Params:
+        """What it steals."""
+        model, how = attack.steal(key, view, own, self.known), self.known.functions
+        if not attack.restates:
+            return model
+        again = keys.stream(key, "statistics")
+        return running.estimated(again, how, model, own.images, own.rows, own.count)
+
     def of_thief(self, attack: Attack, key: jax.Array, view: View, own: Own) -> Found:
         """What it comes to with the candidate that its own held-out images choose."""
         known, candidates = self.known, attack.candidates()
@@ -282,7 +290,7 @@ class Trial:
             limited = self.asked(attack, key, view, training)
 
             def candidate(one: Attack) -> tuple[jax.Array, jax.Array]:
-                model = one.steal(own_key, limited, training, known)
+                model = self.made(one, own_key, limited, training)
                 own_score = score(known.functions.apply, model, held, known.batch)
                 return own_score, self.judged(model).accuracy
 
@@ -291,7 +299,7 @@ class Trial:
             best = jnp.nanmax(accuracies)
             chosen = jax.tree.map(lambda leaf: leaf[jnp.argmax(scores)], stacked)
         view = self.asked(attack, key, view, own)
-        final = self.judged(chosen.steal(own_key, view, own, known))
+        final = self.judged(self.made(chosen, own_key, view, own))
         return Found(final.accuracy, jnp.fmax(final.accuracy, best), final.fidelity)
 
 

@@ -22,7 +22,7 @@ KEY = keys.root(0)
 class Moved(local.Training):
     """Training that takes no time to compile, of the client's own key and data all the same."""
 
-    def train(self, key, round, apply, params, own, gather, rate=None):
+    def train(self, key, round, model, params, own, gather, rate=None):
         by = jax.random.uniform(key) + jnp.mean(own.labels[own.rows]) + round
         return jax.tree.map(lambda w: w * 1.01 + 0.01 * by, params)
 
@@ -53,7 +53,7 @@ class Shortened(attacks.Scratch):
         return "scratch"
 
     def descend(self, key, start, objective, count, trained=None):
-        slope = jax.grad(objective)(start, jax.random.randint(key, (4,), 0, count))
+        slope = jax.grad(objective)(start, jax.random.randint(key, (4,), 0, count), key)
         return jax.tree.map(lambda w, g: w - self.rate * g, start, slope)
 
 

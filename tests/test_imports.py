@@ -22,7 +22,7 @@ ORDER = [
     {"models"},
     {"evaluate", "strategy"},
     {"optimizers"},
-    {"cohort", "split", "local", "average", "server"},
+    {"cohort", "split", "local", "average", "server", "running"},
     {"noise"},
     {"calibrate"},
     {"probing"},

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from noisefl import local, optimizers
+from noisefl import local, models, optimizers
 from noisefl.local import Own
 from noisefl.parts import implementations
 
@@ -108,14 +108,21 @@ def own(rows=None) -> Own:
     return Own(jnp.asarray(IMAGES), jnp.asarray(LABELS), rows, jnp.int32(len(rows)))
 
 
-def descend(rule, samples, valid, gather="step", model=apply):
+def functions(apply) -> models.Functions:
+    return models.functions((lambda key, images: PARAMS, apply))
+
+
+MODEL, STEPS_KEY = functions(apply), jax.random.key(1)
+
+
+def descend(rule, samples, valid, gather="step", model=MODEL):
     optimizer = rule.transformation(jnp.int32(1))
-    return local.descend(model, optimizer, PARAMS, own(), samples, valid, gather)
+    return local.descend(STEPS_KEY, model, optimizer, PARAMS, own(), samples, valid, gather)
 
 
 single = jax.jit(descend, static_argnames=("gather", "model"))
 lanes = jax.jit(
-    lambda rule, samples, valid, gather="step", model=apply: jax.vmap(
+    lambda rule, samples, valid, gather="step", model=MODEL: jax.vmap(
         lambda s, v: descend(rule, s, v, gather, model)
     )(samples, valid),
     static_argnames=("gather", "model"),
@@ -215,15 +222,15 @@ def test_steps_without_data_are_not_computed():
         return jnp.where(is_first, jnp.nan, apply(params, images))
 
     assert np.sum(IMAGES[:, 0, 0, 0] == IMAGES[0, 0, 0, 0]) == 1
-    rule = optimizers.SGD(0.5)
+    rule, model = optimizers.SGD(0.5), functions(poisoned)
     for number in range(len(PATTERNS)):
         calls.clear()
-        close(single(rule, samples[number], VALID[number], "step", poisoned),
+        close(single(rule, samples[number], VALID[number], "step", model),
               naive(samples[number], VALID[number]))  # fmt: skip
         jax.effects_barrier()
         assert len(calls) == STEPS[number]
     calls.clear()
-    mapped = lanes(rule, samples, VALID, "step", poisoned)
+    mapped = lanes(rule, samples, VALID, "step", model)
     jax.effects_barrier()
     assert len(calls) == STEPS.max() * len(PATTERNS) < VALID.shape[0] * VALID.shape[1]
     for number in range(len(PATTERNS)):
@@ -248,7 +255,7 @@ def test_a_rate_multiplies_every_step(gather):
         rule = whole.transformation(jnp.int32(1))
 
         def damped(rate, rule=rule):
-            return local.descend(apply, rule, PARAMS, own(), *some, gather, rate)
+            return local.descend(STEPS_KEY, MODEL, rule, PARAMS, own(), *some, gather, rate)
 
         found = jax.jit(damped)(jnp.float32(0.5))
         fed.assert_same(found, single(half, *some, gather), **fed.CLOSE)
@@ -263,7 +270,7 @@ def test_contract_of_training_and_optimizers(training, cls):
 
     def train(key, rows, images):
         held = fed.replaced(own(rows), count=jnp.int32(3), images=images)
-        return made.train(key, jnp.int32(1), apply, PARAMS, held, "step")
+        return made.train(key, jnp.int32(1), MODEL, PARAMS, held, "step")
 
     images = jnp.asarray(IMAGES)
     found = jax.jit(train)(jax.random.key(0), rows, images)
@@ -272,5 +279,5 @@ def test_contract_of_training_and_optimizers(training, cls):
     fed.assert_same(jax.jit(train)(jax.random.key(0), rows, others), found)
     positions, valid = made.batches(jax.random.key(0), jnp.int32(3), 5)
     rule, samples = made.optimizer.transformation(jnp.int32(1)), rows[positions]
-    batched = local.descend(apply, rule, PARAMS, own(rows), samples, valid)
+    batched = local.descend(STEPS_KEY, MODEL, rule, PARAMS, own(rows), samples, valid)
     fed.assert_same(found, batched, **fed.CLOSE)

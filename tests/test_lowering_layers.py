@@ -223,8 +223,9 @@ def room(params: nets.Params) -> float:
     return 4 * float(total)
 
 
-def test_every_model_is_compared():
-    assert {name for name, _ in WAYS} == set(MODELS)
+def test_every_chain_of_layers_is_compared():
+    """Other models are compared with what XLA makes of them, in test_program.py."""
+    assert {name for name, _ in WAYS} == set(NETS) <= set(MODELS)
 
 
 def random_model(name: str) -> nets.Params:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import lax
+from test_models import NARROW
 
 from noisefl import models, noise
 from noisefl.models import MODELS, Layer, Lowering, functions, program
@@ -141,7 +142,10 @@ WRITTEN: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "nnx_partial": (functools.partial(Nnx, features=2), (12, 12, 1)),
     "nnx_instance": (Nnx(rngs=nnx.Rngs(3)), (12, 12, 1)),
     "pair": ((flat_init, flat_apply), (12, 12, 1)),
-    **{name: (models.by_name(name, CLASSES), (12, 12, 1)) for name in MODELS},
+    **{
+        name: (MODELS[name](**{"num_classes": CLASSES, **fields}), (12, 12, 1))
+        for name, fields in NARROW.items()
+    },
 }
 
 
@@ -155,8 +159,15 @@ def moved(params, seed=1):
     return jax.tree.map(lambda w: w + rng.normal(size=w.shape, scale=0.1).astype("f4"), params)
 
 
-@pytest.mark.parametrize("way", ["patches", "auto"])
-@pytest.mark.parametrize("name", WRITTEN)
+DEEP = ("resnet18", "vgg11")  # half a minute to compile
+WAYS = [
+    pytest.param(name, way, marks=[pytest.mark.slow] * (name in DEEP or way == "auto"))
+    for name in WRITTEN
+    for way in ("patches", "auto")
+]
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_lowered_is_as_written(name, way):
     """Logits, and gradients by parameters and by images; one model, and two side by side. Sums of
     at most a thousand terms, in some other order: 1e-4 of the largest is room for that."""
@@ -177,7 +188,7 @@ def test_lowered_is_as_written(name, way):
         many = jax.tree.map(lambda w: jnp.stack([w, 0.9 * w]), params)
         ours = of(made.apply)
         with jax.default_matmul_precision("highest"):
-            return ours(params), jax.vmap(ours)(many), of(made.plain)(params)
+            return ours(params), jax.vmap(ours)(many), of(made.written.apply)(params)
 
     alone, many, wanted = found(moved(made.init(jax.random.key(0), shape)))
 
@@ -214,7 +225,7 @@ def test_what_cannot_be_lowered_is_xlas_and_says_so():
     with pytest.warns(UserWarning, match="^conv_general_dilated: transposed; it is XLA's own"):
         ours = made.apply(params, images)
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(ours, made.plain(params, images), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(ours, made.written.apply(params, images), rtol=1e-4, atol=1e-6)
     assert [layer.path for layer in made.layers(shape)] == [("first",), ("up",), ("head",)]
 
 
@@ -227,7 +238,8 @@ def test_a_convolution_and_its_pooling_become_one():
         made = functions(model)
         images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         traced = made.program(made.shapes(shape), images)
-        return [o.name for o in program.joined(traced.operations, traced.shapes, [traced.out])]  # pyright: ignore
+        outs = [out for out in traced.outs if isinstance(out, int)]
+        return [o.name for o in program.joined(traced.operations, traced.shapes, outs)]
 
     for model in (models.LeNet5(), models.McMahanCNN(), Nnx):
         found = names(model)
@@ -276,7 +288,7 @@ def test_relu_with_a_gradient_of_ones_own_stays_where_it_is():
         return jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, images))))(params)
 
     with jax.default_matmul_precision("highest"):
-        wanted = gradient(made.plain)
+        wanted = gradient(made.written.apply)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
         gradient(made.apply), wanted,
@@ -365,6 +377,8 @@ def test_a_model_that_returns_more_than_logits():
     def two(params, images):
         return flat_apply(params, images), images
 
-    made = functions((flat_init, two))
-    with pytest.raises(ValueError, match=r"^a model must return logits alone, and returns 2"):
-        made.layers((12, 12, 1))
+    made, shape = functions((flat_init, two)), (12, 12, 1)
+    with pytest.raises(
+        ValueError, match=r"^model='\(init, apply\)': must return logits alone, and"
+    ):
+        made.apply(made.init(jax.random.key(0), shape), images_of(shape))

@@ -60,11 +60,13 @@ class Attack(Part):
       views: views in which it is tried. What it makes of a smaller view counts for the larger ones
         that hold it as well, so that an attack on one copy names V1 alone.
       control: it reads no copy at all.
+      restates: it trains, so that running statistics are to be estimated on its own images after.
     """
 
     abstract: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("V1",)
     control: ClassVar[bool] = False
+    restates: ClassVar[bool] = False
 
     @property
     def title(self) -> str:

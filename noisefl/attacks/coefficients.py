@@ -56,9 +56,11 @@ class Coefficients(Training):
 
         loss, model = labelled(own, public), _model(view, public)
         start = jnp.float32(0), jnp.zeros(there.size)
-        return alpha(
-            self.descend(key, start, lambda m, batch: loss(model(alpha(m)), batch), own.count)
-        )
+
+        def objective(moved: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+            return loss(model(alpha(moved)), batch, key)
+
+        return alpha(self.descend(key, start, objective, own.count))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam (arXiv 1412.6980): directions differ in scale by the strength of the noise, and one

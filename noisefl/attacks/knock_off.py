@@ -51,8 +51,8 @@ class KnockOff(Training):
         assert questions is not None, "a view V5 holds questions and answers"
         assert answers is not None
 
-        def objective(params: Params, batch: jax.Array) -> jax.Array:
-            logits = public.functions.apply(params, evaluate.scale(questions[batch]))
+        def objective(params: Params, batch: jax.Array, key: jax.Array) -> jax.Array:
+            logits, _ = public.functions.train(params, evaluate.scale(questions[batch]), key)
             return jnp.mean(optax.softmax_cross_entropy(logits, answers[batch]))
 
         start = mean(view.copies, weights(view, public.touched))

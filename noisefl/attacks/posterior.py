@@ -50,9 +50,9 @@ class Posterior(Training):
         def model(z: dict) -> Params:
             return unflatten_dict({path: copy[path] + units[path] * z[path] for path in copy})
 
-        def objective(z: dict, batch: jax.Array) -> jax.Array:
+        def objective(z: dict, batch: jax.Array, key: jax.Array) -> jax.Array:
             penalties = [prior[path] * jnp.sum(jnp.square(z[path])) for path in z]
-            return loss(model(z), batch) + sum(penalties) / 2
+            return loss(model(z), batch, key) + sum(penalties) / 2
 
         trained = touched if self.rest == "fixed" else None
         start = jax.tree.map(jnp.zeros_like, copy)

@@ -1,5 +1,7 @@
 """Recalibration: a scale and a shift for each channel (PROTECTION.md, "Thieves")."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -29,7 +31,7 @@ class Recalibrate(Training):
             shifted = {path: copy[path] + t for path, t in moved[1].items()}
             return unflatten_dict({**copy, **scaled, **shifted})
 
-        found = self.descend(
-            key, (scales, shifts), lambda moved, batch: loss(model(moved), batch), own.count
-        )
-        return model(found)
+        def objective(moved: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+            return loss(model(moved), batch, key)
+
+        return model(self.descend(key, (scales, shifts), objective, own.count))

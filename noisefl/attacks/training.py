@@ -18,7 +18,8 @@ from noisefl.local import Own
 from noisefl.parts import Number, number, part, size
 
 Params = Any
-Objective = Callable[[Params, jax.Array], jax.Array]  # (what is trained, positions [B]) → loss []
+# (what is trained, positions [B], key) → loss []
+Objective = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 FACTORS = (1 / 3, 1.0, 3.0)  # times `rate`: the candidates
 CLIP = 1.0  # norm of a gradient: a copy that noise has broken has huge ones
@@ -29,6 +30,7 @@ class Training(Attack):
     """Base of the thieves that train: `steps` batches. Candidates differ in the rate."""
 
     abstract: ClassVar[bool] = True
+    restates: ClassVar[bool] = True
 
     rate: Number = number(0.03, "η, in the middle of those tried", low=0, inside="()")
     momentum: Number = number(0.9, "of the thief's descent", low=0, high=1, inside="[)")
@@ -57,7 +59,8 @@ class Training(Attack):
         Args:
           key: of the batches.
           start: any pytree of floats.
-          objective: its mean loss on a batch, given as positions int32 [B] below `count`.
+          objective: its mean loss on a batch, given as positions int32 [B] below `count`, with a
+            key for what is random in training.
           count: int32 [], images.
           trained: bool [] of each leaf; the others stay as they are. Default: all.
         """
@@ -67,7 +70,7 @@ class Training(Attack):
             params, state = carry
             own = keys.stream(key, "batch", number)
             chosen = jax.random.randint(own, (self.batch_size,), 0, jnp.maximum(count, 1))
-            gradient = jax.grad(objective)(params, chosen)
+            gradient = jax.grad(objective)(params, chosen, keys.stream(own, "loss"))
             if trained is not None:
                 gradient = jax.tree.map(lambda g, t: jnp.where(t, g, 0), gradient, trained)
             updates, state = optimizer.update(gradient, state, params)
@@ -79,11 +82,11 @@ class Training(Attack):
 
 
 def labelled(own: Own, public: Public) -> Objective:
-    """Mean cross-entropy of a model on own images and labels."""
+    """Mean cross-entropy of a model, as in training, on own images and labels."""
 
-    def objective(params: Params, positions: jax.Array) -> jax.Array:
+    def objective(params: Params, positions: jax.Array, key: jax.Array) -> jax.Array:
         rows = own.rows[positions]
-        logits = public.functions.apply(params, evaluate.scale(own.images[rows]))
+        logits, _ = public.functions.train(params, evaluate.scale(own.images[rows]), key)
         wanted = jax.nn.one_hot(own.labels[rows], logits.shape[-1])
         return jnp.mean(optax.softmax_cross_entropy(logits, wanted))
 

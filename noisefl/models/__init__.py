@@ -7,6 +7,7 @@ from noisefl.models.convolution import Geometry as Geometry
 from noisefl.models.convolution import convolve as convolve
 from noisefl.models.functions import Functions as Functions
 from noisefl.models.functions import functions as functions
+from noisefl.models.functions import with_leaves as with_leaves
 from noisefl.models.lenet import LeNet5 as LeNet5
 from noisefl.models.lowering import LOWERINGS as LOWERINGS
 from noisefl.models.lowering import Lowering as Lowering
@@ -15,13 +16,21 @@ from noisefl.models.mlp import MLP as MLP
 from noisefl.models.pooling import max_pool as max_pool
 from noisefl.models.program import Layer as Layer
 from noisefl.models.program import Program as Program
+from noisefl.models.resnet import ResNet8 as ResNet8
+from noisefl.models.resnet import ResNet18 as ResNet18
 from noisefl.models.two_conv import TwoConvCNN as TwoConvCNN
+from noisefl.models.vgg import VGG11 as VGG11
+from noisefl.models.vit import ViT as ViT
 
 MODELS: dict[str, type[nn.Module]] = {
     "lenet5": LeNet5,
     "mcmahan": McMahanCNN,
     "mlp": MLP,
+    "resnet18": ResNet18,
+    "resnet8": ResNet8,
     "two_conv": TwoConvCNN,
+    "vgg11": VGG11,
+    "vit": ViT,
 }
 
 

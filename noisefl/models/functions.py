@@ -1,4 +1,4 @@
-"""What a round needs of a model, whatever it is written in: init, apply, its layers."""
+"""What a round needs of a model, whatever it is written in: init, evaluation, training, layers."""
 
 import functools
 from collections.abc import Callable
@@ -6,46 +6,85 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from noisefl.errors import refuse
 from noisefl.models.lowering import Lowering
-from noisefl.models.program import Layer, Program, trace
+from noisefl.models.program import Layer, Path, Program, trace
+from noisefl.models.written import Shape, Written, written
 
 Params = Any
 Model = Any  # a Flax module of linen or of nnx, or a pair (init, apply)
-Shape = tuple[int, int, int]
 
 
 class Functions(NamedTuple):
     """A model as pure functions.
 
+    Its parameters are one tree of nested dicts, running statistics among them: whatever is done to
+    a model, such as averaging, is done to them too.
+
     Attributes:
-      init: (key, image_shape) → params, a tree of nested dicts.
-      plain: (params, images float32 [B, H, W, Ch] in [0, 1]) → logits [B, C], as it was written.
-      lowering: how its operations are evaluated in a round.
-      name: of the model, for an error.
-      program: (params, images) → what `plain` is for arrays of these shapes.
+      written: the model's own functions.
+      lowering: how operations are evaluated in a round.
+      program: (params, images) → what evaluation is, for arrays of these shapes.
+      training_program: (params, images, key) → what training is.
       shapes: image_shape → those of the parameters, `jax.ShapeDtypeStruct` leaves.
     """
 
-    init: Callable[[jax.Array, Shape], Params]
-    plain: Callable[[Params, jax.Array], jax.Array]
+    written: Written
     lowering: Lowering
-    name: str
     program: Callable[[Params, Any], Program]
+    training_program: Callable[[Params, Any, Any], Program]
     shapes: Callable[[Shape], Params]
 
+    @property
+    def name(self) -> str:
+        return self.written.name
+
+    @property
+    def has_modes(self) -> bool:
+        """Training differs from evaluation."""
+        return self.written.train is not None
+
+    def init(self, key: jax.Array, image_shape: Shape) -> Params:
+        return self.written.init(key, image_shape)
+
     def apply(self, params: Params, images: jax.Array) -> jax.Array:
-        """Logits [B, C] of images float32 [B, H, W, Ch], lowered."""
-        return self.program(params, images).run(params, images, self.lowering)
+        """Logits [B, C] of images float32 [B, H, W, Ch] in [0, 1], as evaluated."""
+        program = self.program(params, images)
+        if len(program.outs) != 1:
+            returns = f"returns {len(program.outs)} arrays"
+            raise refuse("model", self.name, f"must return logits alone, and {returns}")
+        return program.run(params, [images], self.lowering)[0]
+
+    def train(
+        self, params: Params, images: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[Path, jax.Array]]:
+        """Logits [B, C] in training, and the running statistics after that batch by path.
+
+        Args:
+          params, images: as of `apply`.
+          key: of what is random in training, such as dropout.
+        """
+        if not self.has_modes:
+            return self.apply(params, images), {}
+        program = self.training_program(params, images, key)
+        logits, *state = program.run(params, [images, key], self.lowering)
+        return logits, dict(zip(self.written.state_of(params), state, strict=True))
+
+    def state(self, image_shape: Shape) -> tuple[Path, ...]:
+        """Paths of the running statistics, which no gradient moves."""
+        return self.written.state_of(self.shapes(image_shape))
 
     def layers(self, image_shape: Shape) -> tuple[Layer, ...]:
         """The layers that multiply by parameters, in the order of their first use."""
         images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         return self.program(self.shapes(image_shape), images).layers()
+
+
+def with_leaves(params: Params, others: dict[Path, jax.Array]) -> Params:
+    """The parameters with others in some places."""
+    return unflatten_dict({**flatten_dict(params), **others}) if others else params
 
 
 def functions(model: Model, lowering: Lowering | None = None) -> Functions:
@@ -58,7 +97,7 @@ def functions(model: Model, lowering: Lowering | None = None) -> Functions:
       lowering: of its operations.
 
     Raises:
-      ValueError: it is none of them.
+      ValueError: it is none of them, or has state that is no running statistics.
     """
     try:
         return _functions(model, lowering or Lowering())
@@ -70,78 +109,26 @@ def functions(model: Model, lowering: Lowering | None = None) -> Functions:
 
 @functools.lru_cache(maxsize=64)
 def _functions(model: Model, lowering: Lowering) -> Functions:
-    init, plain, name = _written_in(model)
+    own = written(model)
 
     @functools.lru_cache(maxsize=64)
-    def traced(tree: Any, leaves: tuple[Any, ...], images: Any) -> Program:
-        return trace(plain, jax.tree.unflatten(tree, leaves), images)
+    def traced(function: Any, tree: Any, leaves: tuple[Any, ...], *inputs: Any) -> Program:
+        return trace(function, jax.tree.unflatten(tree, leaves), *inputs)
 
-    def program(params: Params, images: Any) -> Program:
-        leaves, tree = jax.tree.flatten(params)
-        return traced(tree, tuple(map(_shape, leaves)), _shape(images))
+    def program_of(function: Any) -> Callable[..., Program]:
+        def program(params: Params, *inputs: Any) -> Program:
+            leaves, tree = jax.tree.flatten(params)
+            return traced(function, tree, tuple(map(_shape, leaves)), *map(_shape, inputs))
+
+        return program
 
     @functools.lru_cache(maxsize=8)
     def shapes(image_shape: Shape) -> Params:
-        return jax.eval_shape(lambda key: init(key, image_shape), jax.random.key(0))
+        own.check(image_shape)
+        return jax.eval_shape(lambda key: own.init(key, image_shape), jax.random.key(0))
 
-    return Functions(init, plain, lowering, name, program, shapes)
+    return Functions(own, lowering, program_of(own.apply), program_of(own.train), shapes)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _written_in(model: Model) -> tuple[Callable[..., Params], Callable[..., Any], str]:
-    """(init, apply, name) of any model."""
-    if isinstance(model, nn.Module):
-        return *_of_linen(model), type(model).__name__
-    made = model.func if isinstance(model, functools.partial) else model
-    if isinstance(made, nnx.Module) or (isinstance(made, type) and issubclass(made, nnx.Module)):
-        return *_of_nnx(model), getattr(made, "__name__", type(made).__name__)
-    if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
-        init, apply = model
-        return lambda key, shape: init(key, jnp.zeros((1, *shape))), apply, "(init, apply)"
-    allowed = "must be a Flax module of linen or nnx, or a pair of functions (init, apply)"
-    raise refuse("model", type(model).__name__, allowed)
-
-
-def _of_linen(model: nn.Module) -> tuple[Callable[..., Params], Callable[..., Any]]:
-    def init(key: jax.Array, shape: Shape) -> Params:
-        made = model.init(key, jnp.zeros((1, *shape)))
-        _refuse_state(type(model).__name__, set(made) - {"params"})
-        return made["params"]
-
-    return init, lambda params, images: model.apply({"params": params}, images)
-
-
-def _refuse_state(name: str, kinds: set[str]) -> None:
-    if kinds:
-        allowed = f"has state beside its parameters ({', '.join(sorted(kinds))})"
-        raise refuse("model", name, allowed)
-
-
-def _of_nnx(model: Any) -> tuple[Callable[..., Params], Callable[..., Any]]:
-    """The graph of the module is static; its parameters become a tree of dicts with names alone."""
-
-    def made(key: jax.Array) -> nnx.Module:
-        return model if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(key))
-
-    def split(module: nnx.Module) -> tuple[Any, Any]:
-        graph, params, others = nnx.split(module, nnx.Param, ...)
-        kinds = {type(variable).__name__ for _, variable in nnx.to_flat_state(others)}
-        _refuse_state(type(module).__name__, kinds - {"RngKey", "RngCount"})
-        return graph, (nnx.to_flat_state(params), others)
-
-    def init(key: jax.Array, shape: Shape) -> Params:
-        params = split(made(key))[1][0]
-        return unflatten_dict({tuple(map(str, path)): leaf[...] for path, leaf in params})
-
-    def apply(params: Params, images: jax.Array) -> jax.Array:
-        # Its own numbers, drawn anew here, are replaced: they are dead code to XLA.
-        graph, (own, others) = split(made(jax.random.key(0)))
-        flat = flatten_dict(params)
-        new = [(path, leaf.replace(flat[tuple(map(str, path))])) for path, leaf in own]
-        module: Any = nnx.merge(graph, nnx.from_flat_state(new), others)
-        return module(images)
-
-    return init, apply

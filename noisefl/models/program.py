@@ -56,23 +56,25 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The operations of `apply(params, images)`, in the order of the trace.
+    """The operations of a function of parameters, images and perhaps a key, in traced order.
 
-    Values are numbers: first the parameters in the order of their leaves, then the images.
+    Values are numbers: first the parameters in the order of their leaves, then the other inputs.
 
     Attributes:
       operations: none of them a call of others.
       shapes: number → shape.
       constants: number → array that the model closes over.
-      out: the logits.
+      outs: what it returns; the logits first.
       paths: of the parameters.
+      inputs: how many values are inputs.
     """
 
     operations: tuple[Operation, ...]
     shapes: dict[int, tuple[int, ...]]
     constants: dict[int, Any]
-    out: Value
+    outs: tuple[Value, ...]
     paths: tuple[Path, ...]
+    inputs: int
 
     def layers(self) -> tuple[Layer, ...]:
         """In the order of their first use."""
@@ -110,10 +112,10 @@ class Program(NamedTuple):
         return found
 
     def _behind(self) -> dict[int, frozenset[int] | None]:
-        """The parameters that a value is made of, and nothing else; None where images are in it."""
-        images = len(self.paths)
-        behind: dict[int, frozenset[int] | None] = {n: frozenset((n,)) for n in range(images)}
-        behind[images] = None
+        """The parameters that a value is made of, if of nothing else; None where an input is."""
+        own = len(self.paths)
+        behind: dict[int, frozenset[int] | None] = {n: frozenset((n,)) for n in range(own)}
+        behind.update(dict.fromkeys(range(own, self.inputs)))
         behind.update(dict.fromkeys(self.constants, frozenset()))
         for operation in self.operations:
             read = [behind[value] for value in _numbers(operation.reads)]
@@ -169,47 +171,50 @@ class Program(NamedTuple):
         """Fewer layers lead to the logits from this value than from the images."""
 
         def layers(given: frozenset[int]) -> int:
-            needed = self._needed([self.out], given)
+            needed = self._needed(self.outs[:1], given)
             return sum(o.name in PRODUCTS and self._of_images(o, behind) > 0 for o in needed)
 
         return layers(frozenset((value,))) < layers(frozenset())
 
-    def _needed(self, values: Sequence[Value], given: frozenset[int]) -> list[Operation]:
-        """The operations that lead to these values from others that are given."""
+    def _needed(
+        self, values: Sequence[Value], given: frozenset[int], said: bool = False
+    ) -> list[Operation]:
+        """The operations that lead to these values from others that are given; with `said` also
+        those that do something, such as `jax.debug.print`."""
         wanted, needed = set(_numbers(values)) - given, []
         for operation in reversed(self.operations):
-            if wanted.intersection(operation.makes):
+            does = said and operation.equation.effects
+            if does or wanted.intersection(operation.makes):
                 needed.append(operation)
                 wanted.update(set(_numbers(operation.reads)) - given)
         return needed[::-1]
 
     def run(
-        self, params: Params, images: jax.Array, lowering: Lowering,
-        value: int | None = None, given: dict[int, jax.Array] | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """The logits, or another value; from the images, or from a value that is given."""
-        known: dict[int, Any] = dict(enumerate(jax.tree.leaves(params)))
-        known = {**self.constants, **known, len(self.paths): images, **(given or {})}
-        out = self.out if value is None else value
-        kept = [out, *(given or {})]
+        self, params: Params, inputs: Sequence[jax.Array], lowering: Lowering,
+        values: Sequence[Value] | None = None, given: dict[int, jax.Array] | None = None,
+    ) -> list[jax.Array]:  # fmt: skip
+        """What it returns, or other values; from the inputs, or from values that are given."""
+        known: dict[int, Any] = dict(enumerate([*jax.tree.leaves(params), *inputs]))
+        known = {**self.constants, **known, **(given or {})}
+        outs = list(self.outs if values is None else values)
 
         def read(value: Value) -> Any:
             return known[value] if isinstance(value, int) else value.val
 
-        needed = self._needed([out], frozenset(given or {}))
-        for operation in joined(needed, self.shapes, _numbers(kept)):
+        needed = self._needed(outs, frozenset(given or {}), values is None and given is None)
+        for operation in joined(needed, self.shapes, _numbers([*outs, *(given or {})])):
             made = rules.evaluate(operation, [read(v) for v in operation.reads], lowering)
             known.update(zip(operation.makes, made, strict=True))
-        return read(out)
+        return [read(out) for out in outs]
 
 
 def _numbers(values: Sequence[Value]) -> list[int]:
     return [value for value in values if isinstance(value, int)]
 
 
-def trace(apply: Callable[[Params, jax.Array], jax.Array], params: Params, images: Any) -> Program:
-    """The program of `apply` for parameters and images of these shapes."""
-    closed: Any = jax.make_jaxpr(apply)(params, images)
+def trace(function: Callable[..., Any], params: Params, *inputs: Any) -> Program:
+    """The program of `function(params, *inputs)` for arrays of these shapes."""
+    closed: Any = jax.make_jaxpr(function)(params, *inputs)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = tuple(tuple(str(getattr(k, "key", k)) for k in path) for path, _ in leaves)
     operations: list[Operation] = []
@@ -249,9 +254,7 @@ def trace(apply: Callable[[Params, jax.Array], jax.Array], params: Params, image
 
     begin = [number(tuple(v.aval.shape)) for v in closed.jaxpr.invars]
     outs = inline(closed.jaxpr, begin, [constant(c) for c in closed.consts])
-    if len(outs) != 1:
-        raise ValueError(f"a model must return logits alone, and returns {len(outs)} arrays")
-    return Program(tuple(operations), shapes, constants, outs[0], paths)
+    return Program(tuple(operations), shapes, constants, tuple(outs), paths, len(begin))
 
 
 def joined(

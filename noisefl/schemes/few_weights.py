@@ -5,13 +5,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from noisefl import evaluate, keys
 from noisefl.cohort import Cohort
 from noisefl.errors import refuse
-from noisefl.models import Functions
+from noisefl.models import Functions, with_leaves
 from noisefl.parts import part, size
 from noisefl.probing import Judge
 from noisefl.schemes.base import OneCopy
@@ -73,7 +74,11 @@ class FewWeights(OneCopy):
             hot = jax.nn.one_hot(labels, logits.shape[-1])
             return jnp.mean(optax.softmax_cross_entropy(logits, hot))
 
-        slope = ravel_pytree(jax.grad(loss)(base))[0]
+        gradient = jax.grad(loss)(base)
+        state = judge.model.written.state_of(base)  # no weights: a variance must stay positive
+        leaves: dict[Any, jax.Array] = flatten_dict(gradient)  # pyright: ignore
+        still = {path: jnp.zeros_like(leaves[path]) for path in state}
+        slope = ravel_pytree(with_leaves(gradient, still))[0]
         places = lax.top_k(jnp.abs(slope), self.entries)[1]
         size = jnp.sqrt(jnp.mean(jnp.square(slope[places])))
         direction = slope[places] / jnp.where(size > 0, size, 1)  # a flat loss shows no way

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from noisefl.cohort import Cohort
+from noisefl.errors import refuse
 from noisefl.models import Functions
 from noisefl.noise import Path
 from noisefl.parts import Number, number, part
@@ -44,6 +46,9 @@ class Released(OneCopy):
     Attributes:
       clip: C_l in units of √O.
 
+    Raises:
+      ValueError: in `fit`, a model with running statistics.
+
     References:
       Dwork & Roth 2014, The algorithmic foundations of differential privacy, appendix A.
       Balle & Wang 2018, Improving the Gaussian mechanism, arXiv 1805.06530.
@@ -59,6 +64,11 @@ class Released(OneCopy):
     clip: Number = number(
         3.0, "longest L2 norm that a layer of O outputs may have", unit="√O", low=0, inside="()"
     )
+
+    def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
+        if model.state(image_shape):
+            allowed = "has running statistics, and noise would make variances of them negative"
+            raise refuse("model", model.name, allowed)
 
     def bound(self, base: Params) -> dict[tuple[str, ...], jax.Array]:
         """C_l of each layer, float32 []."""

@@ -40,8 +40,8 @@ class Statistics(Scheme):
       at_once: images whose features are computed in one pass, for speed alone.
 
     Raises:
-      ValueError: in `fit`, a model that is no linen module, or whose last layer is not dense, not
-        biased, reads another thing than [B, F], or has as many outputs as another dense layer reads
+      ValueError: in `fit`, a model whose last layer is not dense with parameters `kernel` and
+        `bias`, reads another thing than [B, F], or has as many outputs as another dense layer reads
         inputs (it is told by that: `init` and `combine` see parameters alone).
 
     References:
