@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 
 from noisefl import evaluate, keys
+from noisefl.augmentation import Augmentation, Plain
 from noisefl.models import Functions, with_leaves
 from noisefl.optimizers import SGD as SGD
 from noisefl.optimizers import Optax as Optax
@@ -41,6 +42,7 @@ class Training(Part):
     optimizer: Optimizer = child(SGD, "of local training; any optax transformation is taken")
     local_epochs: int = size(1, "E, passes over a client's data a round", unit="epochs")
     batch_size: int = size(10, "B", unit="images")
+    augmentation: Augmentation = child(Plain, "of a batch's images")
     batch_order: str = choice(
         "once", ("once", "every_epoch"), "a client's data are batched once a round, or every epoch"
     )
@@ -71,7 +73,7 @@ class Training(Part):
         positions, valid = self.batches(key, own.count, own.rows.shape[0])
         return descend(
             keys.stream(key, "steps"), model, self.optimizer.transformation(round), params, own,
-            own.rows[positions], valid, gather, rate,
+            own.rows[positions], valid, gather, rate, self.augmentation,
         )  # fmt: skip
 
     def batches(self, key: jax.Array, count: jax.Array, padded: int) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +111,7 @@ class Training(Part):
 def descend(
     key: jax.Array, model: Functions, optimizer: optax.GradientTransformation, params: Params,
     own: Own, samples: jax.Array, valid: jax.Array, gather: str = "step",
-    rate: jax.Array | None = None,
+    rate: jax.Array | None = None, augmentation: Augmentation | None = None,
 ) -> Params:  # fmt: skip
     """Trains `params` on the given batches, one optimizer step each.
 
@@ -125,7 +127,9 @@ def descend(
         any client beside it has a step left.
       gather: "step" fetches a batch's images when its step comes; "client" all of them first.
       rate: float32 [], what multiplies every step.
+      augmentation: of each batch's images.
     """
+    augment = augmentation if augmentation and not augmentation.identity else None
 
     def loss(
         params: Params, images: jax.Array, labels: jax.Array, key: jax.Array
@@ -152,7 +156,10 @@ def descend(
     def step(index: jax.Array, carry: Any) -> Any:
         params, state, valid = carry
         batch = own.images[samples[index]] if images is None else images[index]
-        own_key = keys.stream(key, "step", index) if model.has_modes else key
+        random = model.has_modes or augment
+        own_key = keys.stream(key, "step", index) if random else key
+        if augment:
+            batch = augment.change(keys.stream(own_key, "augmentation"), batch)
         gradient, statistics = jax.grad(loss, has_aux=True)(params, batch, labels[index], own_key)
         updates, after = optimizer.update(gradient, state, params)
         if rate is not None:

@@ -20,7 +20,7 @@ ORDER = [
     {"keys", "mesh", "protection"},
     {"data"},
     {"models"},
-    {"evaluate", "strategy"},
+    {"evaluate", "strategy", "augmentation"},
     {"optimizers"},
     {"cohort", "split", "local", "average", "server", "running"},
     {"noise"},

@@ -109,15 +109,19 @@ def assert_view(view: View, name: str, at_once: int, kept: int, clients: list[in
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((view.copies, view.returned)))
 
 
+NOISED = {"pair": "stem", "own noise": "head"}  # the first layer, and the last
+
+
 def spread(name: str, t: int, copy: Any) -> dict[Any, float]:
     """σ of copy − W by path: none in warm-up and on the layer without noise."""
     known = dict.fromkeys(flat(copy), 0.0)
-    layer = flat(copy["stem"])
+    noised = NOISED[name]
+    layer = flat(copy[noised])
     if t > 1:
         squares = sum(np.sum(np.square(x, dtype=float)) for x in layer.values())
         rms = np.sqrt(squares / sum(x.size for x in layer.values()))
         sigma = 2.0 if name == "pair" else 2.0 * rms / np.sqrt(1 + 2.0**2)
-        known |= {("stem", *path): sigma for path in layer}
+        known |= {(noised, *path): sigma for path in layer}
     return known
 
 
@@ -150,7 +154,7 @@ def test_a_view_is_what_its_members_were_given_and_gave_back(name, at_once, kept
         alone = fed.plain(again(name, at_once)[0][t - 1])
         fed.assert_same(fed.plain(fed.replaced(state, measured=())), alone)
     touched = {path: bool(yes) for path, yes in states[-1].measured.touched.items()}
-    assert touched == {path: path[0] == "stem" for path in flat(BASE)}
+    assert touched == {path: path[0] == NOISED[name] for path in flat(BASE)}
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 6])

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from noisefl import keys
 from noisefl.errors import refuse
 from noisefl.models.program import Path
 
@@ -121,55 +122,56 @@ def _refuse_state(name: str, kinds: set[str]) -> None:
 def _of_nnx(model: Any, name: str) -> Written:
     """The graph of the module is static; its variables become a tree of dicts, by names alone."""
 
-    def made(key: jax.Array) -> Any:
-        return model if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(key))
+    def made(key: jax.Array) -> tuple[Any, Any]:
+        return nnx.split(model if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(key)))
 
-    def split(module: Any) -> tuple[Any, Any, Any, Any]:
-        graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-        params, statistics, others = (list(nnx.to_flat_state(state)) for state in states)
-        return graph, params, statistics, others
+    graph, state = jax.eval_shape(made, jax.random.key(0))
+    variables = list(nnx.to_flat_state(state))
+    names = {path: tuple(map(str, path)) for path, _ in variables}
+    statistics = {names[path] for path, each in variables if isinstance(each, nnx.BatchStat)}
+    random = (nnx.RngKey, nnx.RngCount)
 
-    def names(path: Any) -> Path:
-        return tuple(map(str, path))
+    def check(shape: Shape) -> None:
+        known = (nnx.Param, nnx.BatchStat, *random)
+        others = {type(each).__name__ for _, each in variables if not isinstance(each, known)}
+        _refuse_state(name, others)
 
     def init(key: jax.Array, shape: Shape) -> Params:
-        _, params, statistics, _ = split(made(key))
-        return unflatten_dict({names(path): leaf[...] for path, leaf in [*params, *statistics]})
+        flat = nnx.to_flat_state(made(key)[1])
+        return unflatten_dict(
+            {names[path]: each[...] for path, each in flat if not isinstance(each, random)}
+        )
 
-    def module_of(params: Params, key: jax.Array | None) -> Any:
-        # Its own numbers, drawn anew here, are replaced: nothing asks for them.
-        graph, *states, others = split(made(jax.random.key(0)))
-        flat = flatten_dict(params)
-        new = [(path, leaf.replace(flat[names(path)])) for state in states for path, leaf in state]
-        if key is not None:
-            others = [
-                (path, leaf.replace(jax.random.fold_in(key, number)))
-                if isinstance(leaf, nnx.RngKey)
-                else (path, leaf.replace(jnp.zeros_like(leaf[...])))
-                for number, (path, leaf) in enumerate(others)
-            ]
-        module = nnx.merge(graph, nnx.from_flat_state([*new, *others]))
-        module.train() if key is not None else module.eval()
-        return module
+    def module_of(params: Params, key: jax.Array) -> Any:
+        flat, new = flatten_dict(params), []
+        for number, (path, each) in enumerate(variables):
+            if isinstance(each, nnx.RngKey):
+                value = keys.stream(key, "model", number)
+            elif isinstance(each, nnx.RngCount):
+                value = jnp.uint32(0)
+            else:
+                value = flat[names[path]]
+            new.append((path, each.replace(value)))
+        return nnx.merge(graph, nnx.from_flat_state(new))
 
     def apply(params: Params, images: jax.Array) -> Any:
-        return module_of(params, None)(images)
+        module = module_of(params, keys.root(0))  # nothing is random in evaluation
+        module.eval()
+        return module(images)
 
     def train(params: Params, images: jax.Array, key: jax.Array) -> Any:
         module = module_of(params, key)
+        module.train()
         logits = module(images)
-        flat = {names(path): leaf[...] for path, leaf in split(module)[2]}
-        return logits, [flat[path] for path in state_of(params)]
+        after = {names[path]: each[...] for path, each in nnx.to_flat_state(nnx.state(module))}
+        return logits, [after[path] for path in state_of(params)]
 
     def state_of(params: Params) -> tuple[Path, ...]:
-        known = {names(path) for path, _ in split(abstract)[2]}
-        return tuple(path for path in flatten_dict(params) if path in known)  # pyright: ignore
+        return tuple(path for path in flatten_dict(params) if path in statistics)  # pyright: ignore
 
-    def check(shape: Shape) -> None:
-        kinds = {type(variable) for _, variable in split(abstract)[3]}
-        _refuse_state(name, {kind.__name__ for kind in kinds - {nnx.RngKey, nnx.RngCount}})
-
-    is_made = isinstance(model, nnx.Module)
-    abstract: Any = model if is_made else nnx.eval_shape(lambda: made(jax.random.key(0)))
-    modes = any(hasattr(each, mode) for _, each in nnx.iter_modules(abstract) for mode in MODES)
+    modes = any(
+        hasattr(each, mode)
+        for _, each in nnx.iter_modules(nnx.merge(graph, state))
+        for mode in MODES
+    )
     return Written(name, check, init, apply, train if modes else None, state_of)
