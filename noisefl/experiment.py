@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from noisefl import keys, models, running
 from noisefl.average import Average, Mean
 from noisefl.cohort import Cohort
-from noisefl.data import Federation
+from noisefl.data import Dataset, Federation, channels_of
+from noisefl.errors import refuse
 from noisefl.local import Training
 from noisefl.owner import Owner, ServerClients
 from noisefl.parts import Part, changed, child, choice, part, static, walk
@@ -34,6 +35,11 @@ class Experiment(Part):
     """
 
     model: Any = static(models.LeNet5(), "network")
+    pixels: str = choice(
+        "unit", ("unit", "normalised"), "a model sees values in [0, 1], or each channel's in units "
+        "of its deviation from its mean over the training images",
+    )  # fmt: skip
+    channels: Any = static((), "means and deviations of the channels, by `normalised`")
     cohort: Cohort = child(Cohort, "who takes part in a round")
     local: Training = child(Training, "local training of a client")
     scheme: Scheme = child(Warmup, "what clients get instead of W, and how it is read back")
@@ -56,7 +62,17 @@ class Experiment(Part):
     @property
     def functions(self) -> models.Functions:
         """Of the model, lowered as the strategy says."""
-        return models.functions(self.model, self.strategy.lowering)
+        if self.pixels == "unit":
+            return models.functions(self.model, self.strategy.lowering)
+        if not self.channels:
+            raise refuse(
+                "pixels", self.pixels, "needs the channels: experiment.normalised(dataset)"
+            )
+        return models.functions(self.model, self.strategy.lowering, self.channels)
+
+    def normalised(self, dataset: Dataset) -> "Experiment":
+        """With the means and deviations of a data set's training images, [Ch] each."""
+        return self.replace(pixels="normalised", channels=channels_of(dataset))
 
     def running(
         self, key: jax.Array, base: Params, before: Params, update: Params, judge: Judge

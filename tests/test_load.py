@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_files import FIELDS, assert_same, idx_bytes, pairs, refuses, tiny, write_idx, write_npz
 
+from noisefl import data
 from noisefl.data import load
 
 # --- embedded MNIST -------------------------------------------------------------------------------
@@ -155,3 +156,41 @@ def test_bad_files_are_refused(tmp_path):
     labels.unlink()
     assert "train-labels" in refuses(folder)
     assert "data_dir" in refuses(folder, data_dir=str(tmp_path))
+
+
+# `arrays`, writers and channels
+
+
+def some(shape=(12, 3, 4, 2)):
+    rng = np.random.default_rng(3)
+    return rng.integers(0, 256, shape).astype(np.uint8), rng.integers(0, 3, shape[0])
+
+
+def test_arrays_come_in_the_order_of_every_other_route(tmp_path):
+    train, test, writers = some(), some((5, 3, 4, 2)), np.arange(12) // 3 * 10
+    names = "x_train", "y_train", "x_test", "y_test"
+    stored = dict(zip(names, (*train, *test), strict=True))
+    np.savez(tmp_path / "mine.npz", **stored, train_writers=writers)
+    one, other = data.arrays(*train, *test, train_writers=writers), load(str(tmp_path / "mine.npz"))
+    for field in ("train_images", "train_labels", "test_images", "test_labels", "train_writers"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field), err_msg=field)
+    assert one.num_classes == 3
+    # Writers are numbered from 0, and stay with their images.
+    found = {image.tobytes(): int(w) for image, w in zip(train[0], writers, strict=True)}
+    for image, writer in zip(one.train_images, one.train_writers, strict=True):
+        assert found[image.tobytes()] == 10 * writer
+    with pytest.raises(ValueError, match=r"^dataset='arrays': writers must be integers \[N\], are"):
+        data.arrays(*train, *test, train_writers=writers[:-1])
+    with pytest.raises(ValueError, match=r"^dataset='mine': has label 2, allowed are 0 to 1"):
+        data.arrays(*train, *test, num_classes=2, name="mine")
+
+
+def test_channels_are_those_of_the_training_images():
+    train, test = some(), some((5, 3, 4, 2))
+    train[0][..., 1] = 7
+    means, deviations = data.channels_of(data.arrays(*train, *test))
+    pixels = train[0].astype(float) / 255
+    np.testing.assert_allclose(means, pixels.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(deviations, [pixels[..., 0].std(), 1.0], atol=1e-6)
+    # Of MNIST as everybody quotes them.
+    assert data.channels_of(load("mnist")) == ((0.13066,), (0.308108,))

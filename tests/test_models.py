@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 
+import noisefl
 from noisefl import models
 from noisefl.models import MODELS, max_pool
 
@@ -192,3 +193,23 @@ def test_functions_of_a_pair():
 def test_what_is_no_model(model, said):
     with pytest.raises(ValueError, match=rf"^model='{said}': must be a Flax .* \(init, apply\)$"):
         models.functions(model)
+
+
+def test_normalised_pixels():
+    """Each channel less its mean, over its deviation, whatever the model is written in."""
+    channels = (0.2, 0.5), (0.1, 2.0)
+    plain, made = (models.functions((init, apply), channels=c) for c in (None, channels))
+    images = np.random.default_rng(0).uniform(size=(3, 4, 6, 2)).astype(np.float32)
+    params = plain.init(jax.random.key(0), (4, 6, 2))
+    wanted = apply(params, (images - np.array([0.2, 0.5], np.float32)) / np.array([0.1, 2.0], np.float32))
+    np.testing.assert_allclose(run(made.apply, params, images), wanted, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(run(plain.apply, params, images), wanted)
+    assert made.layers((4, 6, 2)) == plain.layers((4, 6, 2))
+    experiment = noisefl.Experiment(pixels="normalised")
+    with pytest.raises(
+        ValueError, match=r"^pixels='normalised': needs the channels: experiment\.n"
+    ):
+        _ = experiment.functions
+    ready = experiment.normalised(noisefl.load("mnist"))
+    assert ready.channels == ((0.13066,), (0.308108,))
+    assert ready.functions.name == "LeNet5"

@@ -33,6 +33,7 @@ def problems(draw):
         "shards_per_client": draw(st.integers(1, n // k)),
         "dirichlet_alpha": draw(st.floats(1e-6, 1e6)),
         "size_sigma": draw(st.floats(0, 100)),
+        "writers": np.arange(n) % draw(st.integers(k, n)),
     }
 
 
@@ -58,7 +59,8 @@ def test_every_image_goes_to_exactly_one_client(how, problem):
 
 @pytest.mark.parametrize("how", PARTITIONS)
 def test_seeds_differ(how):
-    parts = [partition(ten_of(50), 10, how, seed) for seed in range(20)]
+    writers = np.arange(500) % 30
+    parts = [partition(ten_of(50), 10, how, seed, writers=writers) for seed in range(20)]
     tables = {tuple(np.concatenate(members(part)).tolist()) for part in parts}
     assert len(tables) == 20
 
@@ -196,3 +198,24 @@ def test_refusals(changes, says):
     with pytest.raises(ValueError, match=f"^{says}") as caught:
         partition(**arguments)
     assert "\n" not in str(caught.value)
+
+
+# --- writers --------------------------------------------------------------------------------------
+
+
+def test_writers_are_never_divided():
+    """Of as many clients as writers each is one; of fewer each is some whole ones."""
+    writers = np.random.default_rng(1).integers(100, 112, 300)
+    for num_clients in (12, 5):
+        part = partition(np.zeros(300, int), num_clients, "writers", 3, writers=writers)
+        seen = [set(writers[client]) for client in members(part)]
+        assert sum(map(len, seen)) == 12
+        assert set().union(*seen) == set(writers)
+        assert {len(one) for one in seen} == ({1} if num_clients == 12 else {2, 3})
+
+
+def test_writers_that_are_not_there():
+    with pytest.raises(ValueError, match=r"^partition='writers': the data set does not say who"):
+        partition(ten_of(5), 3, "writers", 0)
+    with pytest.raises(ValueError, match=r"^num_clients=4: must be 1 to 3, the writers of the"):
+        partition(ten_of(3), 4, "writers", 0, writers=np.arange(30) % 3)

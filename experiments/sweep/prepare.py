@@ -61,6 +61,8 @@ class Lanes:
         model = experiment.model
         if isinstance(model, nn.Module) and hasattr(model, "num_classes"):
             model = model.clone(num_classes=self.dataset.num_classes)
+        if experiment.pixels == "normalised":
+            experiment = experiment.normalised(self.dataset)
         return experiment.replace(model=model).resolved()
 
     def width(self, on: Mesh, lanes_at_once: int | None) -> int:
@@ -130,11 +132,12 @@ def prepare(group: Group, driver: Driver, on: Mesh) -> Lanes:
     dataset = dataset_of(first.setup.driver.dataset, driver.data_dir)
     labels = np.asarray(dataset.train_labels)
     distinct = {_dealt(run): run for run in group.runs}.values()
-    columns = max(holdings(labels, r.setup.deal, r.seed).clients.shape[1] for r in distinct)
+    held = (holdings(labels, r.setup.deal, r.seed, dataset.train_writers) for r in distinct)
+    columns = max(each.clients.shape[1] for each in held)
     lanes = Lanes(group, dataset, columns)
     model, shape = lanes.experiment(first).functions, dataset.train_images.shape[1:]
     try:
-        jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
+        model.shapes(shape)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         if str(error).startswith("model="):
             raise

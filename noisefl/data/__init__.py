@@ -6,6 +6,8 @@ from noisefl.data.federated import Images as Images
 from noisefl.data.federated import federate as federate
 from noisefl.data.federated import holdings as holdings
 from noisefl.data.load import Dataset as Dataset
+from noisefl.data.load import arrays as arrays
+from noisefl.data.load import channels_of as channels_of
 from noisefl.data.load import load as load
 from noisefl.data.partition import PARTITIONS as PARTITIONS
 from noisefl.data.partition import Partition as Partition

@@ -96,13 +96,16 @@ class Holdings(NamedTuple):
     counts: np.ndarray  # int32 [K]
 
 
-def holdings(labels: np.ndarray, deal: Deal, seed: int) -> Holdings:
+def holdings(
+    labels: np.ndarray, deal: Deal, seed: int, writers: np.ndarray | None = None
+) -> Holdings:
     """Which of the N training images go to validation, and which to whom.
 
     Args:
       labels: integers [N].
       deal: how.
       seed: as of `federate`.
+      writers: integers [N], of `Dataset`.
 
     Raises:
       ValueError: an argument out of range, named with its value.
@@ -122,6 +125,7 @@ def holdings(labels: np.ndarray, deal: Deal, seed: int) -> Holdings:
         shards_per_client=deal.shards_per_client,
         dirichlet_alpha=float(str(deal.dirichlet_alpha)),
         size_sigma=float(str(deal.size_sigma)),
+        writers=None if writers is None else writers[rest],
     )
     filled = np.arange(table.indices.shape[1]) < table.counts[:, None]
     clients = np.where(filled, rest[table.indices], 0).astype(np.int32)
@@ -147,7 +151,9 @@ def federate(dataset: Dataset, deal: Deal | None = None, *, seed: int, **fields:
       ValueError: an argument out of range, named with its value.
     """
     how: Deal = Deal(**fields) if deal is None else deal.replace(**fields)
-    held, clients, counts = holdings(np.asarray(dataset.train_labels), how, seed)
+    held, clients, counts = holdings(
+        np.asarray(dataset.train_labels), how, seed, dataset.train_writers
+    )
     return Federation(
         images=Images(
             train_images=jnp.asarray(dataset.train_images),

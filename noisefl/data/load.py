@@ -7,6 +7,7 @@ by a hash of each image and its label (`_canonical_order`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import zipfile
@@ -43,6 +44,31 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
+    train_writers: np.ndarray | None = None  # int32 [N]: who made which, where the source says
+
+
+def arrays(
+    train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray,
+    test_labels: np.ndarray, num_classes: int | None = None,
+    train_writers: np.ndarray | None = None, name: str = "arrays",
+) -> Dataset:  # fmt: skip
+    """A data set of any arrays, checked and put into the order of all other routes.
+
+    Args:
+      train_images: uint8 [N, H, W] or [N, H, W, Ch].
+      train_labels: integers [N], from 0.
+      test_images: uint8, of the same shape but for their number.
+      test_labels: integers.
+      num_classes: C; None is the largest label + 1.
+      train_writers: integers [N]: who made which image, for `partition="writers"`.
+      name: for messages.
+
+    Raises:
+      ValueError: an array of another type or shape, or a label out of range.
+    """
+    train = np.asarray(train_images), np.asarray(train_labels)
+    test = np.asarray(test_images), np.asarray(test_labels)
+    return _dataset(name, (*train, *test), num_classes, train_writers)
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -56,7 +82,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       name: one of
         - `"mnist"`: embedded in the package, needs neither network nor `data_dir`;
         - a path ending in `.npz`, with x_train, y_train, x_test, y_test (Keras) or train_images,
-          train_labels, test_images, test_labels;
+          train_labels, test_images, test_labels; and train_writers, if it says who made them;
         - a path with a separator in it (`./digits`) to a folder of idx files, e.g.
           train-images-idx3-ubyte.gz; plain or compressed; their checksums are not verified;
         - a name that TFDS knows, with its configuration if any: `fashion_mnist`, `emnist/letters`.
@@ -77,12 +103,33 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
         path = Path(name).expanduser()
         if not path.exists():
             raise refuse("dataset", name, "no such file or folder")
-        return _dataset(name, idx.read_folder(path) if path.is_dir() else _read_npz(path))
+        if path.is_dir():
+            return _dataset(name, idx.read_folder(path))
+        return _dataset(name, *_read_npz(path))
     if name == "mnist" and data_dir is None:
         embedded = importlib.resources.files("noisefl.data") / "mnist" / "mnist.npz"
         with embedded.open("rb") as file:
-            return _dataset(name, _read_npz(file), 10)
+            return _dataset(name, _read_npz(file)[0], 10)
     return _dataset(name, *tfds.read(name, data_dir))
+
+
+@functools.lru_cache(maxsize=4)
+def channels_of(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and standard deviations of the training images' channels, pixels in [0, 1], [Ch] each.
+
+    A channel of one value has the deviation 1.
+    """
+    images = np.asarray(dataset.train_images)
+    # By counts of the 256 values: exact, and no float copy of all images.
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in np.moveaxis(images, -1, 0):
+        shares = np.bincount(channel.ravel(), minlength=256) / channel.size
+        mean = float(values @ shares)
+        deviation = float(np.sqrt(((values - mean) ** 2) @ shares))
+        means.append(round(mean, 6))
+        deviations.append(round(deviation, 6) or 1.0)
+    return tuple(means), tuple(deviations)
 
 
 def _is_path(name: str) -> bool:
@@ -93,14 +140,16 @@ def _is_path(name: str) -> bool:
     return any(mark in name for mark in "/\\") and Path(name).exists()
 
 
-def _read_npz(file: Path | IO[bytes]) -> idx.Arrays:
+def _read_npz(file: Path | IO[bytes]) -> tuple[idx.Arrays, None, np.ndarray | None]:
+    """Arrays, no number of classes, and writers if there are any."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(file, allow_pickle=False) as stored:
             for keys in _NPZ_KEYS:
-                if all(key in arrays for key in keys):
-                    train_x, train_y, test_x, test_y = (arrays[key] for key in keys)
-                    return train_x, train_y, test_x, test_y
-            found = ", ".join(arrays)
+                if all(key in stored for key in keys):
+                    train_x, train_y, test_x, test_y = (stored[key] for key in keys)
+                    writers = stored.get("train_writers")
+                    return (train_x, train_y, test_x, test_y), None, writers
+            found = ", ".join(stored)
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         # TypeError: np.load returned the array of a .npy file, which is no archive.
         raise refuse("dataset", str(file), f"must be a readable .npz file ({error})") from error
@@ -109,10 +158,13 @@ def _read_npz(file: Path | IO[bytes]) -> idx.Arrays:
     )
 
 
-def _dataset(name: str, arrays: idx.Arrays, num_classes: int | None = None) -> Dataset:
+def _dataset(
+    name: str, given: idx.Arrays, num_classes: int | None = None,
+    writers: np.ndarray | None = None,
+) -> Dataset:  # fmt: skip
     """Checks the arrays, adds the channel axis of grey images, sorts."""
-    train_x, train_y = _checked(name, "training", *arrays[:2])
-    test_x, test_y = _checked(name, "test", *arrays[2:])
+    train_x, train_y, order = _checked(name, "training", *given[:2])
+    test_x, test_y, _ = _checked(name, "test", *given[2:])
     if train_x.shape[1:] != test_x.shape[1:]:
         shapes = f"{train_x.shape[1:]} in training and {test_x.shape[1:]} in test"
         raise refuse("dataset", name, f"images must have one shape, and have {shapes}")
@@ -120,12 +172,19 @@ def _dataset(name: str, arrays: idx.Arrays, num_classes: int | None = None) -> D
     num_classes = largest + 1 if num_classes is None else num_classes
     if largest >= num_classes:
         raise refuse("dataset", name, f"has label {largest}, allowed are 0 to {num_classes - 1}")
-    return Dataset(name, train_x, train_y, test_x, test_y, num_classes)
+    if writers is not None:
+        writers = np.asarray(writers)
+        if writers.shape != train_y.shape or not np.issubdtype(writers.dtype, np.integer):
+            what = f"{writers.dtype} {list(writers.shape)} for {len(train_y)} images"
+            raise refuse("dataset", name, f"writers must be integers [N], are {what}")
+        writers = np.unique(writers[order], return_inverse=True)[1].astype(np.int32)
+    return Dataset(name, train_x, train_y, test_x, test_y, num_classes, writers)
 
 
 def _checked(
     name: str, split: str, images: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images and labels in the canonical order, and that order."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         what = f"{images.dtype} {list(images.shape)}"
         raise refuse("dataset", name, f"{split} images must be uint8 [N, H, W(, Ch)], are {what}")
@@ -142,7 +201,7 @@ def _checked(
     images = images.reshape(*images.shape[:3], -1)
     labels = labels.astype(np.int32)
     order = _canonical_order(images, labels)
-    return images[order], labels[order]
+    return images[order], labels[order], order
 
 
 def _canonical_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from noisefl.errors import nearest, refuse
 
-PARTITIONS = ("iid", "shards", "dirichlet", "lognormal")
+PARTITIONS = ("iid", "shards", "dirichlet", "lognormal", "writers")
 
 
 class Partition(NamedTuple):
@@ -34,6 +34,7 @@ def partition(
     shards_per_client: int = 2,
     dirichlet_alpha: float = 0.5,
     size_sigma: float = 1.0,
+    writers: np.ndarray | None = None,
 ) -> Partition:
     """Deals N images out to K clients, each image to exactly one and at least one to each.
 
@@ -47,6 +48,7 @@ def partition(
         proportions drawn from Dirichlet(dirichlet_alpha · 1_K). Sizes become unequal as well as
         labels. A client left empty then receives one image from the largest client.
       - `"lognormal"`: labels IID; sizes in proportion to exp(size_sigma · z_k), z_k ~ N(0, 1).
+      - `"writers"`: whole writers, dealt out at random; of as many clients as writers each is one.
         Each client has one image for certain; the other N − K are dealt in proportion, rounded by
         largest remainder.
 
@@ -59,6 +61,7 @@ def partition(
       shards_per_client: of `"shards"`.
       dirichlet_alpha: of `"dirichlet"`, positive: small is few labels a client, large is near IID.
       size_sigma: of `"lognormal"`, standard deviation of log size; 0 is equal sizes.
+      writers: of `"writers"`, integers [N]: who made which image.
 
     Returns:
       The client table, [K, P].
@@ -84,8 +87,10 @@ def partition(
         clients = _shards(labels, num_clients, shards_per_client, rng)
     elif how == "dirichlet":
         clients = _dirichlet(labels, num_clients, dirichlet_alpha, rng)
-    else:
+    elif how == "lognormal":
         clients = _lognormal(len(labels), num_clients, size_sigma, rng)
+    else:
+        clients = _by_writer(writers, num_clients, rng)
     return _padded(clients)
 
 
@@ -137,6 +142,21 @@ def _lognormal(
     missing = num_images - num_clients - extra.sum()
     extra[np.argsort(extra - ideal, kind="stable")[:missing]] += 1
     return np.split(rng.permutation(num_images), np.cumsum(1 + extra)[:-1])
+
+
+def _by_writer(
+    writers: np.ndarray | None, num_clients: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    if writers is None:
+        raise refuse("partition", "writers", "the data set does not say who made its images")
+    by_writer = np.argsort(writers, kind="stable")
+    starts = np.flatnonzero(np.diff(writers[by_writer])) + 1
+    pieces = np.split(by_writer, starts)
+    if num_clients > len(pieces):
+        allowed = f"must be 1 to {len(pieces)}, the writers of the training images"
+        raise refuse("num_clients", num_clients, allowed)
+    dealt = np.array_split(rng.permutation(len(pieces)), num_clients)
+    return [np.concatenate([pieces[writer] for writer in some]) for some in dealt]
 
 
 def _padded(clients: list[np.ndarray]) -> Partition:

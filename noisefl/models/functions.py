@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from noisefl.errors import refuse
@@ -14,6 +15,7 @@ from noisefl.models.program import Layer, Path, Program, trace
 from noisefl.models.written import Shape, Written, written
 
 Params = Any
+Channels = tuple[tuple[float, ...], tuple[float, ...]]  # means and deviations, each [Ch]
 Model = Any  # a Flax module of linen or of nnx, or a pair (init, apply)
 
 
@@ -87,7 +89,9 @@ def with_leaves(params: Params, others: dict[Path, jax.Array]) -> Params:
     return unflatten_dict({**flatten_dict(params), **others}) if others else params
 
 
-def functions(model: Model, lowering: Lowering | None = None) -> Functions:
+def functions(
+    model: Model, lowering: Lowering | None = None, channels: Channels | None = None
+) -> Functions:
     """A model as pure functions.
 
     Args:
@@ -95,21 +99,22 @@ def functions(model: Model, lowering: Lowering | None = None) -> Functions:
         `functools.partial` of one; an nnx module, whose weights every run then begins with; or a
         pair `(init(key, images) → params, apply(params, images) → logits)`.
       lowering: of its operations.
+      channels: what a pixel in [0, 1] is less of, and then divided by, before the model sees it.
 
     Raises:
       ValueError: it is none of them, or has state that is no running statistics.
     """
     try:
-        return _functions(model, lowering or Lowering())
+        return _functions(model, lowering or Lowering(), channels)
     except TypeError as error:  # a module with a field that is
         if "unhashable" not in str(error):
             raise
-        return _functions.__wrapped__(model, lowering or Lowering())
+        return _functions.__wrapped__(model, lowering or Lowering(), channels)
 
 
 @functools.lru_cache(maxsize=64)
-def _functions(model: Model, lowering: Lowering) -> Functions:
-    own = written(model)
+def _functions(model: Model, lowering: Lowering, channels: Channels | None) -> Functions:
+    own = written(model) if channels is None else _normalised(written(model), channels)
 
     @functools.lru_cache(maxsize=64)
     def traced(function: Any, tree: Any, leaves: tuple[Any, ...], *inputs: Any) -> Program:
@@ -128,6 +133,19 @@ def _functions(model: Model, lowering: Lowering) -> Functions:
         return jax.eval_shape(lambda key: own.init(key, image_shape), jax.random.key(0))
 
     return Functions(own, lowering, program_of(own.apply), program_of(own.train), shapes)
+
+
+def _normalised(model: Written, channels: Channels) -> Written:
+    means, deviations = (np.array(numbers, np.float32) for numbers in channels)
+
+    def apply(params: Params, images: jax.Array) -> jax.Array:
+        return model.apply(params, (images - means) / deviations)
+
+    def train(params: Params, images: jax.Array, key: jax.Array) -> Any:
+        assert model.train is not None
+        return model.train(params, (images - means) / deviations, key)
+
+    return model._replace(apply=apply, train=model.train and train)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
