@@ -52,7 +52,7 @@ def rows(found: types.ModuleType, data, rounds: int = 3, model=None) -> list[dic
 def test_all_are_there():
     assert set(FILES) == {
         *("stretched.py", "patient.py", "doubling.py", "median.py", "fedadam.py", "signs.py"),
-        *("distance.py", "mine.py"),
+        *("distance.py", "erased.py", "mine.py"),
     }
 
 
@@ -114,6 +114,16 @@ def test_fedadams_first_step_is_its_rate(tiny_data):
     base, _ = found.step({"w": jnp.zeros(3)}, update, found.init({"w": jnp.zeros(3)}))
     np.testing.assert_allclose(base["w"], [0.01, -0.01, 0.01], rtol=3e-3)
     assert all(row["finite"] for row in rows(module("fedadam.py"), tiny_data, rounds=2))
+
+
+def test_a_square_of_every_image_is_erased(tiny_data):
+    found = module("erased.py")
+    images = jnp.full((200, 6, 6, 1), 9, jnp.uint8)
+    blank = np.asarray(found.Erased(edge=3).change(keys.root(1), images))[..., 0] == 0
+    assert (blank.sum((1, 2)) == 9).all()
+    corners = {tuple(np.argwhere(one)[0]) for one in blank}
+    assert corners == {(row, column) for row in range(4) for column in range(4)}
+    assert all(row["finite"] for row in rows(found, tiny_data, rounds=2))
 
 
 def test_signs_have_variance_one(tiny_data):

@@ -201,7 +201,9 @@ def test_normalised_pixels():
     plain, made = (models.functions((init, apply), channels=c) for c in (None, channels))
     images = np.random.default_rng(0).uniform(size=(3, 4, 6, 2)).astype(np.float32)
     params = plain.init(jax.random.key(0), (4, 6, 2))
-    wanted = apply(params, (images - np.array([0.2, 0.5], np.float32)) / np.array([0.1, 2.0], np.float32))
+    wanted = apply(
+        params, (images - np.array([0.2, 0.5], np.float32)) / np.array([0.1, 2.0], np.float32)
+    )
     np.testing.assert_allclose(run(made.apply, params, images), wanted, rtol=1e-5, atol=1e-5)
     assert not np.allclose(run(plain.apply, params, images), wanted)
     assert made.layers((4, 6, 2)) == plain.layers((4, 6, 2))
