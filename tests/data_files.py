@@ -90,7 +90,7 @@ def write_prepared(root: Path, name: str, splits: dict[str, tuple], file_format=
     infos = []
     for split, (images, labels) in splits.items():
         writer = open_record_file(
-            str(folder / f"{name}-{split}.{file_format}-00000-of-00001"), "group_size:1"
+            str(folder / f"{builder.name}-{split}.{file_format}-00000-of-00001"), "group_size:1"
         )
         for image, label in zip(images, labels, strict=True):
             png = io.BytesIO()

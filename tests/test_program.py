@@ -267,6 +267,33 @@ def test_a_convolution_and_its_pooling_become_one():
     assert "pooled convolution" not in names(Falling())
 
 
+class McMahanNnx(nnx.Module):
+    """The library's `McMahanCNN` as a user of nnx would write it."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(1, 32, (5, 5), rngs=rngs)
+        self.conv2 = nnx.Conv(32, 64, (5, 5), rngs=rngs)
+        self.dense1 = nnx.Linear(7 * 7 * 64, 512, rngs=rngs)
+        self.dense2 = nnx.Linear(512, 10, rngs=rngs)
+
+    def __call__(self, x):
+        for convolution in (self.conv1, self.conv2):
+            x = nnx.max_pool(nnx.relu(convolution(x)), (2, 2), (2, 2))
+        return self.dense2(nnx.relu(self.dense1(x.reshape(x.shape[0], -1))))
+
+
+def test_linen_and_nnx_are_one_program():
+    """So that one is as fast as the other: gradients as JAX writes them down."""
+    shape, texts = (28, 28, 1), []
+    for model in (models.McMahanCNN(), McMahanNnx):
+        made = functions(model, FULL)
+        loss = jax.grad(lambda p, x, made=made: jnp.sum(made.apply(p, x)))
+        images = jax.ShapeDtypeStruct((10, *shape), jnp.float32)
+        texts.append(str(jax.make_jaxpr(loss)(made.shapes(shape), images)))
+    assert texts[0] == texts[1]
+    assert "conv_general_dilated" not in texts[0]
+
+
 def test_relu_with_a_gradient_of_ones_own_stays_where_it_is():
     @jax.custom_jvp
     def relu(x):

@@ -182,3 +182,21 @@ def test_server_error_is_not_retried(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with serve(tmp_path / "empty") as url:
         assert "HTTP 404" in refuses_in_time(monkeypatch, tmp_path, url)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [
+        ("emnist/byclass", (28, 28, 1), 62),  # FEMNIST's images, without their writers
+        ("emnist/letters", (28, 28, 1), 37),
+        ("cifar100", (32, 32, 3), 100),
+        ("svhn_cropped", (32, 32, 3), 10),
+    ],
+)
+def test_other_sets_by_name(tmp_path, name, shape, classes):
+    arrays = tiny(shape=shape, classes=9)
+    splits = {"train": tuple(arrays[:2]), "test": tuple(arrays[2:])}
+    data = load(name, data_dir=write_prepared(tmp_path, name, splits))
+    assert (data.num_classes, data.train_images.shape[1:]) == (classes, shape)
+    assert pairs(data.train_images, data.train_labels) == pairs(*arrays[:2])
+    assert data.train_writers is None
