@@ -104,7 +104,7 @@ def write_prepared(root: Path, name: str, splits: dict[str, tuple], file_format=
             writer.write(example.SerializeToString())
         writer.close()
         template = tfds.core.ShardedFileTemplate(
-            dataset_name=name, split=split, filetype_suffix=file_format, data_dir=folder
+            dataset_name=builder.name, split=split, filetype_suffix=file_format, data_dir=folder
         )
         infos.append(
             tfds.core.SplitInfo(

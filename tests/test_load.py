@@ -177,6 +177,7 @@ def test_arrays_come_in_the_order_of_every_other_route(tmp_path):
     assert one.num_classes == 3
     # Writers are numbered from 0, and stay with their images.
     found = {image.tobytes(): int(w) for image, w in zip(train[0], writers, strict=True)}
+    assert one.train_writers is not None
     for image, writer in zip(one.train_images, one.train_writers, strict=True):
         assert found[image.tobytes()] == 10 * writer
     with pytest.raises(ValueError, match=r"^dataset='arrays': writers must be integers \[N\], are"):
