@@ -267,6 +267,25 @@ def test_a_convolution_and_its_pooling_become_one():
     assert "pooled convolution" not in names(Falling())
 
 
+def test_numbers_of_another_type_are_xlas():
+    """A model that computes in bfloat16 does so, its pooling too, and says that it may be slow."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(3, (3, 3), dtype=jnp.bfloat16, name="conv")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
+            return nn.Dense(CLASSES, dtype=jnp.bfloat16, name="head")(x)
+
+    made, shape = functions(Half()), (6, 6, 1)
+    params, images = made.init(jax.random.key(0), shape), images_of(shape)
+    with pytest.warns(UserWarning, match=r"^conv_general_dilated: numbers are bfloat16; it is XLA"):
+        ours = made.apply(params, images)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, made.written.apply(params, images))
+    assert [layer.path for layer in made.layers(shape)] == [("conv",), ("head",)]
+
+
 class McMahanNnx(nnx.Module):
     """The library's `McMahanCNN` as a user of nnx would write it."""
 

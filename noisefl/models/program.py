@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One primitive of JAX, or one of `rules.JOINED`."""
+    """One primitive of JAX, or `rules.POOLED`."""
 
     name: str
     equation: Any  # of JAX
@@ -101,13 +101,12 @@ class Program(NamedTuple):
             if operation.name in PRODUCTS and self._of_images(operation, behind) == 1:
                 (kernel,) = (v for v in read if behind[v] is not None)
                 size, out = math.prod(self.shapes[kernel]), self.shapes[operation.makes[0]]
+                axes = operation.params["dimension_numbers"]
                 if operation.name == "dot_general":
-                    free = len(self.shapes[kernel]) - len(
-                        operation.params["dimension_numbers"][0][1]
-                    )
+                    free = len(self.shapes[kernel]) - len(axes[0][1])
                     features = math.prod(out[len(out) - free :])
                 else:
-                    features = out[operation.params["dimension_numbers"].out_spec[1]]
+                    features = out[axes.out_spec[1]]
                 found.append(2 * size * math.prod(out) // features)
         return found
 

@@ -15,7 +15,6 @@ from noisefl.models.pooling import max_pool, over_windows
 from noisefl.models.product import product
 
 POOLED = "pooled convolution"  # of `program.joined`
-LETTERS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO, NHWC as JAX numbers them
 
 
 class LeftToXla(Exception):
@@ -63,6 +62,8 @@ def pools_two_by_two(operation: Any) -> bool:
 def can_be_pooled(operation: Any, shapes: Sequence[tuple[int, ...]]) -> bool:
     """A convolution whose lowering can pool as well."""
     if operation.name != "conv_general_dilated" or len(shapes) != 2 or len(shapes[1]) != 4:
+        return False
+    if any(read.aval.dtype != jnp.float32 for read in operation.equation.invars):
         return False
     kernel = tuple(shapes[1][axis] for axis in _axes(operation.params)[1])
     return _why_not(operation.params) is None and _geometry(operation.params).plain(kernel)
