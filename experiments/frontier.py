@@ -1,11 +1,11 @@
 """`python -m experiments.frontier`: what schemes protect, from which thieves, and at what price.
 
-Runs schemes x strengths x partitions x populations x seeds as one sweep of `experiments.run`, with
-its lanes, its store and its way of going on after any kill, and then reads off what every thief
-made of every view. Leaves frontier.csv, frontier.parquet, frontier.md and frontier-*.png beside the
-runs. What is no flag of its own is one of the driver's: --cpu_devices=2, --dry_run, … With --merge
-it runs nothing and makes the files anew from several frontier.csv: of other schemes, seeds,
-machines.
+Runs schemes x strengths x data sets x models x partitions x populations x seeds as one sweep of
+`experiments.run`, with its lanes, its store and its way of going on after any kill, and then reads
+off what every thief made of every view. Leaves frontier.csv, frontier.parquet, frontier.md and
+frontier-*.png beside the runs. What is no flag of its own is one of the driver's: --cpu_devices=2,
+--dry_run, … With --merge it runs nothing and makes the files anew from several frontier.csv: of
+other schemes, seeds, models, machines.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ class Curve:
 
 
 LAST = {"noise_layers": "last", "noise_scale": "relative"}
+FIRST = {"noise_layers": "first", "noise_scale": "relative"}
 ALL = {"noise_layers": "all", "noise_scale": "relative"}
 OWN = {  # as in the preset `two_way`, with any calibrator's own settings
     "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "0.5",
@@ -54,6 +55,7 @@ OWN = {  # as in the preset `two_way`, with any calibrator's own settings
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
     "pair": Curve({"scheme": "noised", "own": "absent", **LAST}),
+    "pair-first": Curve({"scheme": "noised", "own": "absent", **FIRST}),
     "pair-all": Curve({"scheme": "noised", "own": "absent", **ALL}),
     "own-fresh": Curve({**OWN, "own": "fresh", "common": "0"}),
     "own-sticky": Curve({**OWN, "own": "sticky", "common": "0"}),
@@ -71,10 +73,15 @@ PARTITIONS = {
     "dirichlet": {"partition": "dirichlet", "dirichlet_alpha": "0.3"},
     "shards": {"partition": "shards"},
 }
-NUMBERS = {"clients": "num_clients", "server_images": "validation_size", "seeds": "seed"}
+FLAGS = {  # of the driver: what a run of every curve is repeated for
+    "datasets": "dataset", "models": "model", "clients": "num_clients",
+    "server_images": "validation_size", "seeds": "seed",
+}  # fmt: skip
 FULL: dict[str, Any] = {
     "schemes": list(CURVES),
     "strengths": 3,
+    "datasets": [],
+    "models": [],
     "partitions": list(PARTITIONS),
     "clients": ["100", "1000"],
     "server_images": ["5000"],
@@ -102,6 +109,8 @@ QUICK = {
 HELP = {
     "schemes": "curves",
     "strengths": "of each curve: 1 takes the one in the middle",
+    "datasets": "names or paths instead of --dataset",
+    "models": "names instead of --model",
     "partitions": "of the training images",
     "clients": "populations, K",
     "server_images": "sizes of the server's labelled split",
@@ -201,7 +210,7 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
         except OSError as error:
             allowed = f"cannot be written ({error.strerror})"
             raise refuse("json", values["json"].value, allowed) from None
-    for name in ("schemes", "partitions", *NUMBERS):
+    for name in ("schemes", "partitions", "clients", "server_images", "seeds"):
         if not found[name]:
             raise refuse(name, "", "must name at least one")
     name = "-merged" if values["merge"].value else "-quick" if base is QUICK else ""
@@ -228,9 +237,14 @@ def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
     if command.axes:
         allowed = "the frontier's grid is --schemes, --partitions, --clients, --seeds, …"
         raise refuse("grid", command.axes[0].flag, allowed)
+    for name in ("datasets", "models"):
+        twice = [each for each in rest if given[name] and each.startswith(f"--{FLAGS[name]}=")]
+        if twice:
+            raise refuse(name, ",".join(given[name]), f"say that, or {twice[0]}")
     varied = {
         flag: parse_axis(f"{flag}={','.join(given[name])}", command.known, {}).values
-        for name, flag in NUMBERS.items()
+        for name, flag in FLAGS.items()
+        if given[name]
     }
     found: list[dict[str, Any]] = []
     for name in given["schemes"]:

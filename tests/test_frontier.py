@@ -77,6 +77,22 @@ def test_all_curves_together_are_told_apart(tiny):
     assert given["strength_names"] == {name: curve.strength for name, curve in CURVES.items()}
 
 
+def test_models_and_data_sets_are_repeated_for(tiny):
+    """Where they are named; else they are the driver's own flags."""
+    rest = [flag for flag in tiny if not flag.startswith("--model")]
+    few = "--schemes=pair", "--strengths=1", "--clients=6", "--seeds=0", "--rounds=3"
+    _, command = planned(*few, "--models=mlp,vit", *rest)
+    runs = plan(command)
+    found = [(run.flags["model"], run.flags["partition"], run.kind) for run in runs]
+    assert sorted(found) == sorted(
+        (m, p, k) for m in ("mlp", "vit") for p in PARTITIONS for k in ("noise", "fedavg")
+    )
+    with pytest.raises(ValueError, match=r"^models='mlp': say that, or --model=vit$"):
+        planned(*few, "--models=mlp", "--model=vit", *rest)
+    with pytest.raises(ValueError, match=r"'mpl' must be one of .*did you mean mlp"):
+        planned(*few, "--models=mpl", *rest)
+
+
 def test_quick_is_small_and_what_is_given_counts(tiny):
     given, command = planned("--quick", *tiny)
     assert set(given["schemes"]) <= set(CURVES)

@@ -16,7 +16,8 @@ from noisefl import protection
 OWNERS, FEDAVG, SERVER = {"iid": 0.9, "shards": 0.8}, 0.95, 0.7
 SINGLES, MEMBERS = (0, 1), 2
 FIELDS = [
-    *("scheme", "strength", "thief", "view", "members", "which", "partition", "num_clients"),
+    *("scheme", "strength", "thief", "view", "members", "which", "dataset", "model"),
+    *("partition", "num_clients"),
     *("seed", "owner", "fedavg", "thief_accuracy", "thief_accuracy_best", "scratch"),
     *("server_alone", "copy", "lambda", "over_scratch", "images_needed", "fidelity", "copies"),
 ]
@@ -77,7 +78,14 @@ def folder_of(out: Path, change: Any = lambda lines: lines) -> dict[str, tuple[s
 
 def write(folder: Path, partition: str, seed: int, lines: list[dict], cap: float | None = None):
     folder.mkdir(parents=True)
-    own = {"partition": partition, "num_clients": 6, "validation_size": 60, "seed": seed}
+    own = {
+        "dataset": "mnist",
+        "model": "lenet5",
+        "partition": partition,
+        "num_clients": 6,
+        "validation_size": 60,
+        "seed": seed,
+    }
     summary = {
         "cap": cap, "shared_accuracy_max_test": cap and cap - 0.05, "rounds_over_cap_test": seed,
         "infeasible_rounds": 2, "failed": None, "owner_accuracy_final": 0.5,
@@ -255,6 +263,7 @@ def test_the_accuracy_of_the_copy_is_a_mean_over_single_thieves(made):
 
 def ladder(view: str, members: int, thief: str, accuracy: float) -> dict:
     return {
+        "dataset": "mnist", "model": "lenet5",
         "scheme": "pair", "strength": 0.6, "partition": "iid", "num_clients": 6, "seed": 0,
         "thief": thief, "view": view, "members": members, "which": 0, "owner": 0.9,
         "fedavg": 0.9, "server_alone": 0.7, "thief_accuracy": accuracy, "copy": 0.3,
@@ -346,7 +355,7 @@ def test_several_frontiers_are_merged(made, tmp_path):
     assert len(frame) == len(found) - sum(r["strength"] == 0.8 and r["seed"] == 1 for r in found)
     assert 0.1 not in set(frame["owner"])
     text = reported.markdown(frame, reported.best_thieves(frame))
-    assert "## iid, K = 6, 2 seeds" in text
+    assert "## mnist, lenet5, iid, K = 6, 2 seeds" in text
     assert "| pair (1 seed) | 0.8 |" in text
     assert "| pair | 0.6 |" in text
     (out := tmp_path / "out").mkdir()
@@ -374,7 +383,7 @@ def test_tables_in_markdown(made):
     text = (made[0] / "frontier.md").read_text("utf-8")
     headings = [one for one in text.splitlines() if one.startswith("## ")]
     for heading, partition in zip(headings, OWNERS, strict=True):
-        assert heading.startswith(f"## {partition}, K = 6")
+        assert heading.startswith(f"## mnist, lenet5, {partition}, K = 6")
         assert heading.endswith("2 seeds")
     iid = text.split("## ")[1].splitlines()
     tables: list[list[list[str]]] = [[]]
@@ -445,3 +454,15 @@ def test_a_folder_of_something_else_is_one_line(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": {}}))
     with pytest.raises(ValueError, match=r"^out=.*holds no run with thieves"):
         reported.write(tmp_path, {}, STRENGTHS)
+
+
+def test_several_models_are_told_apart(made):
+    """A picture and a heading each; the name of what is one alone is left out."""
+    frame = pd.DataFrame(made[1])
+    both = pd.concat([frame, frame.assign(model="vit", owner=frame["owner"] - 0.1)])
+    best = reported.best_thieves(both)
+    assert set(reported.pictures(best)) == {"frontier-lenet5-6.png", "frontier-vit-6.png"}
+    assert set(reported.pictures(reported.best_thieves(frame))) == {"frontier-6.png"}
+    text = reported.markdown(both, best)
+    for model in ("lenet5", "vit"):
+        assert text.count(f"## mnist, {model}, iid, K = 6") == 1

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 Frame = Any
 
 CONTROLS = ("scratch", "server_alone", "owner")
-SETTING = ["partition", "num_clients", "server_images"]
+SETTING = ["dataset", "model", "partition", "num_clients", "server_images"]
 VIEW = ["view", "members"]
 READ = [  # of a row, by tables and pictures
     "owner", "fedavg", "server_alone", "thief_accuracy", "thief_accuracy_best", "scratch", "copy",
@@ -141,6 +141,7 @@ def of_run(
     options = json.loads((folder / path / "config.json").read_text())["options"]
     summary = json.loads((folder / path / "summary.json").read_text())
     setting = {
+        "dataset": options["dataset"], "model": options["model"],
         "partition": options["data.partition"] if "data.partition" in options
         else options["partition"],
         "num_clients": options["num_clients"], "server_images": options["validation_size"],
@@ -261,9 +262,11 @@ def markdown(frame: Frame, best: Frame) -> str:
     for setting, group in best.groupby(SETTING, sort=False):
         most = group.sort_values("seeds", kind="stable").iloc[-1]
         of = (frame[SETTING] == list(setting)).all(axis=1)
+        dataset, model, partition, clients, images = setting
         lines += [
-            f"## {setting[0]}, K = {setting[1]}, {_counted(most['seeds'], 'seed')}", "",
-            f"FedAvg {_percent(most['fedavg'])}; the server alone, on its {setting[2]} images, "
+            f"## {dataset}, {model}, {partition}, K = {clients}, "
+            f"{_counted(most['seeds'], 'seed')}", "",
+            f"FedAvg {_percent(most['fedavg'])}; the server alone, on its {images} images, "
             f"{_percent(most['server_alone'])}.", "",
             *_by_view(group), "", "λ of each thief in the smallest view that it needs:", "",
             *_by_thief(frame[of]), "",
@@ -359,15 +362,18 @@ def _line(cells: Sequence[str]) -> str:
 
 @matplotlib.rc_context(SIZES)
 def pictures(best: Frame) -> dict[str, Figure]:
-    """One for each population: owner against best thief, a panel a partition and view."""
+    """One for each data set, model and population: owner against best thief, a panel a partition
+    and view."""
     found = {}
     schemes = [name for name in dict.fromkeys(best["scheme"]) if name != "none"]
     looks: dict[str, dict[str, Any]] = {
         name: {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
         for n, name in enumerate(schemes)
     }
-    several = best["server_images"].nunique() > 1
-    for (clients, images), of in best.groupby(SETTING[1:], sort=True):
+    of_picture = [name for name in SETTING if name != "partition"]
+    told = [n for n in of_picture if n == "num_clients" or best[n].nunique() > 1]
+    for setting, of in best.groupby(of_picture, sort=True):
+        said = dict(zip(of_picture, setting, strict=True))
         # Of each view its largest coalition: the table has the others.
         views = list(of.groupby("view", sort=True)["members"].max().items())
         partitions = list(dict.fromkeys(of["partition"]))
@@ -398,7 +404,7 @@ def pictures(best: Frame) -> dict[str, Figure]:
                 Line2D([], [], color=GREY, ls="", marker="o", mfc="white", label=of_rest)
             )
         figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
-        found[f"frontier-{clients}{f'-{images}' if several else ''}.png"] = figure
+        found[f"frontier-{'-'.join(str(said[n]).replace('/', '_') for n in told)}.png"] = figure
     return found
 
 
