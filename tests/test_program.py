@@ -159,12 +159,9 @@ def moved(params, seed=1):
     return jax.tree.map(lambda w: w + rng.normal(size=w.shape, scale=0.1).astype("f4"), params)
 
 
-DEEP = ("resnet18", "vgg11")  # half a minute to compile
-WAYS = [
-    pytest.param(name, way, marks=[pytest.mark.slow] * (name in DEEP or way == "auto"))
-    for name in WRITTEN
-    for way in ("patches", "auto")
-]
+DEEP = ("resnet18", "vgg11")  # wide enough for Winograd; half a minute and more to compile
+WAYS = [(name, "patches") for name in WRITTEN if name not in DEEP]
+WAYS += [pytest.param(name, "auto", marks=pytest.mark.slow) for name in DEEP]
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
@@ -299,6 +296,17 @@ class McMahanNnx(nnx.Module):
         for convolution in (self.conv1, self.conv2):
             x = nnx.max_pool(nnx.relu(convolution(x)), (2, 2), (2, 2))
         return self.dense2(nnx.relu(self.dense1(x.reshape(x.shape[0], -1))))
+
+
+def test_operations_are_named_after_their_modules():
+    """In what XLA compiles, which is where profiles have their names from."""
+    made, shape = functions(models.LeNet5(), FULL), (12, 12, 1)
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    lowered = jax.jit(made.apply).lower(made.shapes(shape), images)
+    hlo: Any = lowered.compiler_ir("hlo")
+    text = hlo.as_hlo_module().to_string()
+    for layer in ("conv1", "conv2", "dense1", "dense3"):
+        assert f"LeNet5/{layer}/" in text
 
 
 def test_linen_and_nnx_are_one_program():

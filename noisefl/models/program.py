@@ -5,6 +5,7 @@ the order of their use, and where it can be cut below some of them. And here eve
 evaluated, so that `rules` may lower it otherwise than XLA does.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ class Operation(NamedTuple):
     """One primitive of JAX, or `rules.POOLED`."""
 
     name: str
+    scope: tuple[str, ...]  # the modules that it is in, which profiles show
     equation: Any  # of JAX
     params: dict[str, Any]
     reads: tuple[Value, ...]
@@ -202,7 +204,10 @@ class Program(NamedTuple):
 
         needed = self._needed(outs, frozenset(given or {}), values is None and given is None)
         for operation in joined(needed, self.shapes, _numbers([*outs, *(given or {})])):
-            made = rules.evaluate(operation, [read(v) for v in operation.reads], lowering)
+            with contextlib.ExitStack() as scopes:
+                for name in operation.scope:
+                    scopes.enter_context(jax.named_scope(name))
+                made = rules.evaluate(operation, [read(v) for v in operation.reads], lowering)
             known.update(zip(operation.makes, made, strict=True))
         return [read(out) for out in outs]
 
@@ -224,7 +229,9 @@ def trace(function: Callable[..., Any], params: Params, *inputs: Any) -> Program
         shapes[len(shapes)] = shape
         return len(shapes) - 1
 
-    def inline(jaxpr: Any, reads: Sequence[Value], consts: Sequence[Value]) -> list[Value]:
+    def inline(
+        jaxpr: Any, reads: Sequence[Value], consts: Sequence[Value], within: tuple[str, ...] = ()
+    ) -> list[Value]:
         values: dict[Any, Value] = dict(zip(jaxpr.invars, reads, strict=True))
         values.update(zip(jaxpr.constvars, consts, strict=True))
 
@@ -234,14 +241,16 @@ def trace(function: Callable[..., Any], params: Params, *inputs: Any) -> Program
         for equation in jaxpr.eqns:
             read = [value(v) for v in equation.invars]
             name = equation.primitive.name
+            own = filter(None, str(equation.source_info.name_stack).split("/"))
+            scope = (*within, *own)
             inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
             if name in CALLS and inner is not None:
                 closes = [constant(c) for c in getattr(inner, "consts", ())]
-                made = inline(getattr(inner, "jaxpr", inner), read, closes)
+                made = inline(getattr(inner, "jaxpr", inner), read, closes, scope)
             else:
                 made = [number(tuple(v.aval.shape)) for v in equation.outvars]
                 operations.append(
-                    Operation(name, equation, equation.params, tuple(read), tuple(made))
+                    Operation(name, scope, equation, equation.params, tuple(read), tuple(made))
                 )
             values.update(zip(equation.outvars, made, strict=True))
         return [value(v) for v in jaxpr.outvars]
