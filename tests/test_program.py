@@ -199,6 +199,7 @@ def test_lowered_is_as_written(name, way):
     assert not np.allclose(many[0][1], many[0][0], rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", WRITTEN)
 def test_nothing_slow_is_left(name):
     """No convolution of XLA's, and none of its pooling, in a model or its gradient; none is said to
