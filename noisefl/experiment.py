@@ -87,7 +87,7 @@ class Experiment(Part):
           judge: of the server's split.
         """
         model = self.functions
-        state = model.written.state_of(base)
+        state = model.state_of(base)
         if self.running_statistics == "estimated":
             rows = jnp.arange(judge.labels.shape[0])
             own = keys.stream(key, "statistics")

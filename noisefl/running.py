@@ -31,7 +31,7 @@ def estimated(
       rows: int32 [P], indices into the images; valid in the first `count`.
       count: int32 [].
     """
-    paths = model.written.state_of(params)
+    paths = model.state_of(params)
     if not paths:
         return params
     flat: dict[Any, jax.Array] = flatten_dict(params)  # pyright: ignore

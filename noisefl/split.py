@@ -27,8 +27,8 @@ class Split(NamedTuple):
         def one(images: jax.Array) -> jax.Array:
             scaled = evaluate.scale(images)
             program = self.model.program(params, scaled)
-            cut = program.cut(self.touched)
-            assert cut is not None, "of `at`"
+            cut = program.met(self.touched)
+            assert cut is not None, "of `at`, or looked at before"
             return program.run(params, [scaled], self.model.lowering, [cut])[0]
 
         return evaluate.in_batches(one, (images,), batch)
@@ -38,7 +38,7 @@ class Split(NamedTuple):
         the images, as ever."""
         scaled = evaluate.scale(images)
         program = self.model.program(params, scaled)
-        cut = program.cut(self.touched)
+        cut = program.met(self.touched)
         assert cut is not None, "of `at`"
         given = {cut: kept}
         return program.run(params, [scaled], self.model.lowering, given=given)[0]
@@ -56,8 +56,8 @@ def at(
         return None
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     program = model.program(model.shapes(image_shape), images)
-    cut = program.cut(touched)
-    if cut is None:
+    cut = program.met(touched)
+    if cut is None or not program.saves(cut):
         return None
     shape = program.shapes[cut]
     fits = shape[:1] == (2,) and math.prod(shape) <= 2 * LARGEST

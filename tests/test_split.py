@@ -160,7 +160,7 @@ def meets(cut: Any, shape=IMAGE) -> Any:
         return None
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     program = cut.model.program(cut.model.shapes(shape), images)
-    value, paths = program.cut(cut.touched), program.paths
+    value, paths = program.met(cut.touched), program.paths
     (reads,) = (
         {paths[v][:-1] for v in operation.reads if isinstance(v, int) and v < len(paths)}
         for operation in program.operations

@@ -391,8 +391,17 @@ class Unbiased(fed.TinyCNN):
         return fed.nn.Dense(fed.CLASSES, use_bias=False, name="head")(x.reshape(x.shape[0], -1))
 
 
+class Straight(fed.TinyCNN):
+    """Nothing lies below its only layer but the images."""
+
+    @fed.nn.compact
+    def __call__(self, x):
+        return fed.nn.Dense(fed.CLASSES, name="head")(x.reshape(x.shape[0], -1))
+
+
 def test_ridge_refuses_models_without_a_dense_head():
-    attacks.Ridge().fit(models.functions((fed.initial, fed.forward)), fed.IMAGE)
+    for model in ((fed.initial, fed.forward), Straight()):
+        attacks.Ridge().fit(models.functions(model), fed.IMAGE)
     for model in (Convolutions(), Unbiased()):
         with pytest.raises(ValueError, match=r"^model='"):
             attacks.Ridge().fit(models.functions(model), fed.IMAGE)

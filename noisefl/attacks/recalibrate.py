@@ -14,8 +14,8 @@ from noisefl.parts import part
 
 @part
 class Recalibrate(Training):
-    """Of each layer, kernel[..., c] · s[c] and bias[c] + t[c]: so few numbers
-    that a handful of images decides them. Of the newest copy."""
+    """Of each layer, kernel[..., c] · s[c] and bias[c] + t[c]: so few numbers that a handful of
+    images decides them. Of the newest copy."""
 
     def steal(self, key: jax.Array, view: View, own: Own, public: Public) -> Params:
         copy: dict = flatten_dict(newest(view, view.copies))  # pyright: ignore

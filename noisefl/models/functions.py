@@ -72,11 +72,15 @@ class Functions(NamedTuple):
             return self.apply(params, images), {}
         program = self.training_program(params, images, key)
         logits, *state = program.run(params, [images, key], self.lowering)
-        return logits, dict(zip(self.written.state_of(params), state, strict=True))
+        return logits, dict(zip(self.state_of(params), state, strict=True))
+
+    def state_of(self, params: Params) -> tuple[Path, ...]:
+        """Paths of the running statistics, which no gradient moves."""
+        return self.written.state_of(params)
 
     def state(self, image_shape: Shape) -> tuple[Path, ...]:
-        """Paths of the running statistics, which no gradient moves."""
-        return self.written.state_of(self.shapes(image_shape))
+        """The same, of the model on such images."""
+        return self.state_of(self.shapes(image_shape))
 
     def layers(self, image_shape: Shape) -> tuple[Layer, ...]:
         """The layers that multiply by parameters, in the order of their first use."""

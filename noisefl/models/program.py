@@ -155,21 +155,21 @@ class Program(NamedTuple):
                 users.setdefault(value, []).append(operation)
         return users
 
-    def cut(self, touched: Sequence[Path]) -> int | None:
-        """The value from the images that the first of these parameters meet, if it is one alone and
-        saves a layer to whoever has it: all up to there is the same, whatever they are."""
+    def met(self, touched: Sequence[Path]) -> int | None:
+        """The value from the images that the first of these parameters meet, if it is one alone:
+        all up to there is the same, whatever they are."""
         behind, wanted = self._behind(), set(touched)
         ours = {n for n, path in enumerate(self.paths) if path in wanted}
         for operation in self.operations:
             read = _numbers(operation.reads)
             of_images = [v for v in read if behind[v] is None]
             if of_images and any(ours & (behind[v] or frozenset()) for v in read):
-                alone = len(of_images) == 1 and self._saves(of_images[0], behind)
-                return of_images[0] if alone else None
+                return of_images[0] if len(of_images) == 1 else None
         return None
 
-    def _saves(self, value: int, behind: dict[int, frozenset[int] | None]) -> bool:
+    def saves(self, value: int) -> bool:
         """Fewer layers lead to the logits from this value than from the images."""
+        behind = self._behind()
 
         def layers(given: frozenset[int]) -> int:
             needed = self._needed(self.outs[:1], given)

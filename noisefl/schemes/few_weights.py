@@ -75,7 +75,7 @@ class FewWeights(OneCopy):
             return jnp.mean(optax.softmax_cross_entropy(logits, hot))
 
         gradient = jax.grad(loss)(base)
-        state = judge.model.written.state_of(base)  # no weights: a variance must stay positive
+        state = judge.model.state_of(base)  # no weights: a variance must stay positive
         leaves: dict[Any, jax.Array] = flatten_dict(gradient)  # pyright: ignore
         still = {path: jnp.zeros_like(leaves[path]) for path in state}
         slope = ravel_pytree(with_leaves(gradient, still))[0]

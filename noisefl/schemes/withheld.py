@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from noisefl.cohort import Cohort, Members
 from noisefl.errors import refuse
 from noisefl.local import Own
-from noisefl.models import Functions
+from noisefl.models import Functions, with_leaves
 from noisefl.noise import Path
 from noisefl.parts import part, size
 from noisefl.probing import Judge
@@ -70,19 +70,19 @@ class Withheld(Scheme):
         return uncalibrated(secret, members), carry
 
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
-        return _with(base, jax.tree.map(jnp.zeros_like, issue.secret))
+        return with_leaves(base, jax.tree.map(jnp.zeros_like, issue.secret))
 
     def work(
         self, train: Callable[[Params], Params], copy: Params, issue: Issue, slot: Slot, own: Own,
         model: Functions,
     ) -> Params:  # fmt: skip
-        return train(_with(copy, issue.secret))
+        return train(with_leaves(copy, issue.secret))
 
     def kept(self, returned: Params, copy: Params, issue: Issue) -> Params:
         """What was withheld the client never had."""
         blank: dict[Path, jax.Array] = flatten_dict(copy)  # pyright: ignore
         own: dict[Path, jax.Array] = flatten_dict(returned)  # pyright: ignore
-        return _with(
+        return with_leaves(
             returned,
             {p: jnp.where(issue.protected, blank[p], own[p]) for p in issue.secret},
         )
@@ -96,8 +96,3 @@ class Withheld(Scheme):
         """Four for each parameter of the trunk; activations and gradients are not counted."""
         here = sum(leaf.size for leaf in issue.secret.values())
         return super().bytes_sent(base, issue) - jnp.where(issue.protected, 4 * here, 0)
-
-
-def _with(params: Params, others: dict[Path, jax.Array]) -> Params:
-    """The parameters with others in some places."""
-    return unflatten_dict({**flatten_dict(params), **others})
