@@ -66,6 +66,7 @@ CURVES = {
     "sub-model-sticky": Curve({"scheme": "sub_model", "units": "sticky", **SEQUENTIAL}),
     "sub-model-rolling": Curve({"scheme": "sub_model", "units": "rolling", **SEQUENTIAL}),
     "withheld": Curve({"scheme": "withheld"}, "withheld_layers", ("1", "2")),
+    "own-classes": Curve({"scheme": "own_classes"}, ""),
     "statistics": Curve({"scheme": "statistics"}, ""),
 }
 PARTITIONS = {

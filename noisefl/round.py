@@ -104,7 +104,7 @@ def step(
     t = state.round + 1
     key = keys.of_round(key, t)
 
-    members = experiment.cohort.draw(key, data.counts)  # a_t, b_t
+    members = members_of(key, experiment, data)  # a_t, b_t
     issue, remembered = scheme.issue(  # σ and ξ
         key, t, state.base, state.owner, members, judge, state.scheme
     )
@@ -154,6 +154,16 @@ def step(
         training_samples=jnp.where(issue.shipped, trained, 0),
         finite=evaluate.is_finite((new.owner, new.base)),
     )
+
+
+def members_of(key: jax.Array, experiment: Experiment, data: Federation) -> Members:
+    """Who takes part in the round of this key, and what the scheme asks them for beforehand."""
+    members = experiment.cohort.draw(key, data.counts)
+    if not experiment.scheme.declares:
+        return members
+    classes = experiment.functions.classes(data.image_shape)
+    own = data.classes_of(members.clients, classes)
+    return members.replace(classes=own)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def received(

@@ -51,11 +51,14 @@ class Seen:
     spread: dict[Path, jax.Array]  # float32 [J, A] of each parameter, as of `attacks.View`
     touched: dict[Path, jax.Array]  # bool [] of each parameter, as of `attacks.Public`
     protected: jax.Array  # bool []: some round was
+    # As `Scheme.partial`, which everybody knows.
+    partial: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def empty(
-        cls, clients: jax.Array, base: Params, touched: Sequence[Path], rounds: int
-    ) -> "Seen":
+        cls, clients: jax.Array, base: Params, touched: Sequence[Path], rounds: int,
+        partial: bool = False,
+    ) -> "Seen":  # fmt: skip
         """Nothing yet.
 
         Args:
@@ -63,6 +66,7 @@ class Seen:
           base: of which shapes are read.
           touched: of the scheme.
           rounds: J.
+          partial: of the scheme.
         """
         shape = rounds, clients.shape[0]
         nothing = jax.tree.map(lambda w: jnp.zeros((*shape, *w.shape), w.dtype), base)
@@ -76,6 +80,7 @@ class Seen:
             spread={path: jnp.zeros(shape) for path in paths},
             touched={path: jnp.bool_(path in touched) for path in paths},
             protected=jnp.bool_(False),
+            partial=partial,
         )
 
     def plus(
@@ -181,6 +186,28 @@ def public(
         touched=unflatten_dict(touched), local=experiment.local, functions=model,
         image_shape=image_shape, batch=experiment.strategy.eval_batch or 1,
     )  # fmt: skip
+
+
+def completed(view: View, mask: jax.Array, partial: bool) -> View:
+    """What bool [J, A] of a view leaves; a parameter that one of these copies does not hold is the
+    mean of those that do, or 0.
+
+    Args:
+      view: of all.
+      mask: which copies are there.
+      partial: of the scheme: 0 says that it is not held.
+    """
+    if not partial:
+        return view.replace(present=mask)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def one(leaf: jax.Array) -> jax.Array:
+        held = leaf != 0
+        there = held & mask.reshape(*mask.shape, *[1] * (leaf.ndim - 2))
+        total = jnp.sum(jnp.where(there, leaf, 0), axis=(0, 1))
+        return jnp.where(held, leaf, total / jnp.maximum(jnp.sum(there, axis=(0, 1)), 1))
+
+    copies = jax.tree.map(one, view.copies)
+    return view.replace(present=mask, copies=copies)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def of_one(round: jax.Array, copy: Params, returned: Params) -> View:
@@ -398,7 +425,7 @@ def _in_views(
 
     def of(place: jax.Array) -> Found:
         mask = masks[place]
-        view = seen.view.replace(present=mask)  # pyright: ignore[reportAttributeAccessIssue]
+        view = completed(seen.view, mask, seen.partial)
         own = pooled(data, seen.clients, jnp.any(mask, axis=0))
         return trial.of_thief(attack, keys.stream(own_key, "instance", which[place]), view, own)
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from noisefl import calibrate, keys, noise
+from noisefl.round import members_of
 from noisefl.schemes import Slot
 
 DATA, M = fed.federation(), 4
@@ -36,7 +37,8 @@ def issuing(experiment):
 def issued(scheme, base=W, round=2, seed=5, carry=None, experiment=LINEN, members=None):
     """(issue, members, carry) of a round."""
     key = keys.root(seed)
-    members = experiment.cohort.draw(key, DATA.counts) if members is None else members
+    if members is None:
+        members = members_of(key, experiment.replace(scheme=scheme), DATA)
     carry = scheme.init(keys.root(6), base) if carry is None else carry
     issue, carry = issuing(experiment)(scheme, key, jnp.int32(round), base, members, carry)
     return issue, members, carry

@@ -286,6 +286,74 @@ def test_what_cannot_be_withheld_is_refused():
     assert {path[0] for path in two} == {"a", "b"}
 
 
+# Rows of own classes alone.
+
+
+def test_a_round_of_own_classes_is_that_of_smaller_heads():
+    """Each client trains a net that ends in its own classes, in NumPy; rows move by their holders'
+    mean, all else by everybody's."""
+    base = fed.replaced(fed.start(), owner=W)
+    images, labels = np.asarray(DATA.train_images), np.asarray(DATA.train_labels)
+    rows = [np.asarray(row)[:n] for row, n in zip(DATA.clients, DATA.counts.tolist(), strict=True)]
+    experiment = fed.TINY.replace(scheme=schemes.OwnClasses())
+    after, info = fed.step(fed.KEY, base, DATA, experiment)
+    assert_one_program(base, after)
+    copies, kept = info.observed
+    own_key = keys.of_round(fed.KEY, jnp.int32(1))
+    counts, updates, masks = [], [], []
+    for place, k in enumerate(info.members.clients.tolist()):
+        own = np.unique(labels[rows[k]])
+        start = nets.as_float64(W)
+        sliced = {"stem": start["stem"], "head": {n: w[..., own] for n, w in start["head"].items()}}
+        batches = fed.local_batches(own_key, k, DATA, experiment.local)
+        remapped = np.searchsorted(own, labels[rows[k]])
+        rate = float(experiment.local.optimizer.learning_rate)
+        trained = nets.client_update(fed.NET, sliced, batches, images[rows[k]], remapped, rate)
+        mask = np.zeros(fed.CLASSES)
+        mask[own] = 1
+        update = nets.combine(np.subtract, start, start)
+        update["stem"] = nets.combine(np.subtract, trained, sliced)["stem"]
+        for name in ("kernel", "bias"):
+            copy = np.asarray(copies["head"][name][place])
+            np.testing.assert_array_equal(copy, np.asarray(W["head"][name]) * np.float32(mask))
+            assert not np.asarray(kept["head"][name][place])[..., mask == 0].any()
+            update["head"][name][..., own] = trained["head"][name] - sliced["head"][name]
+        counts.append(len(rows[k]))
+        updates.append(update)
+        masks.append(mask)
+    assert 0 < np.sum(masks) < M * fed.CLASSES
+    weights, masks = np.array(counts) / sum(counts), np.array(masks)
+    for path, leaf in flat(after.base).items():
+        moves = np.array([update[path[0]][path[1]] for update in updates])
+        shares = np.repeat(weights[:, None], leaf.shape[-1], axis=1)
+        if path[0] == "head":
+            held = masks * shares
+            shares = held / np.where(held.sum(0) > 0, held.sum(0), 1)
+        shares = shares.reshape(M, *[1] * (leaf.ndim - 1), -1)
+        expected = np.asarray(flat(W)[path]) + np.sum(shares * moves, axis=0)
+        np.testing.assert_allclose(leaf, expected, **fed.CLOSE)
+    absent = sum(1 - masks[0])
+    sent = experiment.scheme.bytes_sent(base.base, info.issue)
+    assert float(sent) == 4 * (226 - 49 * absent)
+
+
+def test_classes_are_those_of_valid_rows():
+    found = DATA.classes_of(jnp.arange(8), fed.CLASSES)
+    for k, n in enumerate(DATA.counts.tolist()):
+        own = np.asarray(DATA.train_labels)[np.asarray(DATA.clients)[k, :n]]
+        assert np.flatnonzero(found[k]).tolist() == np.unique(own).tolist()
+
+
+def test_models_without_a_row_for_each_class_are_refused():
+    class NoBias(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(fed.CLASSES, use_bias=False)(x.reshape(x.shape[0], -1))
+
+    with pytest.raises(ValueError, match=r"^model='NoBias': must end in .* and a bias \[4\]"):
+        schemes.OwnClasses().fit(models.functions(NoBias()), fed.IMAGE, fed.TINY.cohort)
+
+
 # Statistics alone.
 
 

@@ -15,6 +15,7 @@ import noisefl
 from noisefl import calibrate, keys, schemes
 from noisefl.local import Own
 from noisefl.parts import changed, implementations
+from noisefl.round import members_of
 from noisefl.schemes import Slot
 
 CLASSES = [*filter(fed.ours, implementations(schemes.Scheme))]
@@ -51,9 +52,13 @@ def own(slot: Slot) -> Own:
 
 def contract(cls: type, key, round, base, strength=2.0):
     """(issue, every client's copy, update and mask of a copy that nobody trained)."""
-    scheme, experiment = made(cls, strength), setting(cls)
+    scheme = made(cls, strength)
+    experiment = setting(cls).replace(scheme=scheme)
     judge, model = experiment.judge(DATA), experiment.functions
-    members = fed.TINY.cohort.draw(key, DATA.counts)
+    members: Any = members_of(key, experiment, DATA)
+    if scheme.declares:  # each lacks one
+        absent = jax.nn.one_hot(members.clients % fed.CLASSES, fed.CLASSES, dtype=bool)
+        members = members.replace(classes=~absent)
     carry = scheme.init(keys.stream(key, "scheme"), base)
     issue, _ = scheme.issue(key, round, base, base, members, judge, carry)
 
@@ -167,7 +172,8 @@ def test_copies_differ_where_it_says_and_as_many_as_it_says(cls):
     distinct = {np.concatenate([np.ravel(leaf[s]) for leaf in mine.values()]).tobytes()  # pyright: ignore
                 for s in range(M)}  # fmt: skip
     assert len(slots) == issue.accuracy.shape[1]
-    few = getattr(scheme, "moves", "") == "discrete"  # then two may be the same by chance
+    # Two of these may be the same by chance.
+    few = getattr(scheme, "moves", "") == "discrete" or scheme.declares
     assert len(distinct) <= len(slots) if few else len(distinct) == len(slots)
     assert len(set(slots.values())) == len(slots)
     assert masks is None or all(set(np.unique(leaf)) <= {0, 1} for leaf in jax.tree.leaves(masks))

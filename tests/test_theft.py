@@ -113,6 +113,22 @@ def test_of_as_many_right_ones_the_smaller_loss_is_better():
     assert score(0.0, 1.0, bias=np.inf) == -1
 
 
+def test_what_a_copy_does_not_hold_is_the_mean_of_those_that_do():
+    """Of two members in two rounds, one of them there but once; 9 stands in the absent copy."""
+    copies = jnp.asarray([[[1.0, 0.0, 0.0], [9.0, 9.0, 9.0]], [[3.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
+    there = jnp.asarray([[True, False], [True, True]])
+    view = attacks.View({"w": copies}, {"w": copies}, there, jnp.ones((2, 2), int), {"w": there})
+    own = theft.completed(view, there, True)
+    wanted = [[[1, 5, 0], [9, 9, 9]], [[3, 5, 0], [2, 5, 0]]]
+    np.testing.assert_array_equal(own.copies["w"], np.array(wanted, np.float32))
+    first = jnp.asarray([[True, False], [False, False]])
+    alone = theft.completed(view, first, True)
+    np.testing.assert_array_equal(alone.copies["w"][0, 0], copies[0, 0])
+    np.testing.assert_array_equal(alone.present, first)
+    whole = theft.completed(view, there, False)
+    np.testing.assert_array_equal(whole.copies["w"], copies)
+
+
 # What thieves come to.
 
 

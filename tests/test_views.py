@@ -27,6 +27,7 @@ from noisefl import calibrate, keys, measure, schemes, simulate, theft
 from noisefl.attacks import View
 from noisefl.measure import Thieves
 from noisefl.parts import changed, implementations, part, static
+from noisefl.round import members_of
 from noisefl.theft import Instance, Seen
 
 ROUNDS, M = 6, 4
@@ -294,7 +295,7 @@ def test_no_secret_of_any_scheme_is_in_a_view_or_told_to_thieves(cls):
 
     # What was handed out, by the scheme itself.
     key, judge = keys.of_round(KEY, t), experiment.judge(DATA)
-    drawn = experiment.cohort.draw(key, DATA.counts)
+    drawn = members_of(key, experiment, DATA)
     issue, _ = scheme.issue(
         key, jnp.int32(t), before.base, before.owner, drawn, judge, before.scheme
     )

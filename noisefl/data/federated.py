@@ -58,6 +58,14 @@ class Federation:
         """K."""
         return self.counts.shape[-1]
 
+    def classes_of(self, clients: jax.Array, classes: int) -> jax.Array:
+        """bool [M, C]: of which of the C classes these clients, int32 [M], own an image."""
+        rows = self.clients[clients]
+        valid = jnp.arange(rows.shape[1]) < self.counts[clients][:, None]
+        labels = jnp.where(valid, self.train_labels[rows], classes)  # no image, no class
+        nobody = jnp.zeros((rows.shape[0], classes), bool)
+        return nobody.at[jnp.arange(rows.shape[0])[:, None], labels].set(True, mode="drop")
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, Ch)."""

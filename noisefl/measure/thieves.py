@@ -115,7 +115,7 @@ class Thieves(Following):
             turn = theft.in_turn(last.groups, self.followers)
             clients = clients.at[: turn.shape[0]].set(last.clients[turn])
         touched = experiment.scheme.touched(model, shape)
-        return theft.Seen.empty(clients, state.base, touched, self.kept)
+        return theft.Seen.empty(clients, state.base, touched, self.kept, experiment.scheme.partial)
 
     def places(self, members: Members, carry: Any) -> jax.Array:
         if self.until is None:

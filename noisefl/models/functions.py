@@ -82,6 +82,11 @@ class Functions(NamedTuple):
         """The same, of the model on such images."""
         return self.state_of(self.shapes(image_shape))
 
+    def classes(self, image_shape: Shape) -> int:
+        """C, the logits of an image."""
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        return jax.eval_shape(self.apply, self.shapes(image_shape), images).shape[-1]
+
     def layers(self, image_shape: Shape) -> tuple[Layer, ...]:
         """The layers that multiply by parameters, in the order of their first use."""
         images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -12,6 +12,7 @@ from noisefl.schemes.base import uncalibrated as uncalibrated
 from noisefl.schemes.few_weights import FewWeights as FewWeights
 from noisefl.schemes.noised import Noised as Noised
 from noisefl.schemes.noised import own_noise as own_noise
+from noisefl.schemes.own_classes import OwnClasses as OwnClasses
 from noisefl.schemes.quantised import Quantised as Quantised
 from noisefl.schemes.released import Released as Released
 from noisefl.schemes.statistics import Statistics as Statistics

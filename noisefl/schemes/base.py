@@ -103,6 +103,8 @@ class Scheme(Part):
       source: where it is from: a paper, or the line of ALGORITHM.md.
       promise: what it guarantees of a thief, whatever a calibrator adds; "nothing" is an answer.
       wrappable: rounds of plain FedAvg may go before it.
+      partial: a parameter that is exactly 0 in a copy is one that the copy does not hold.
+      declares: it must know which classes the members of a round own, `Members.classes`.
     """
 
     abstract: ClassVar[bool] = True
@@ -110,6 +112,8 @@ class Scheme(Part):
     source: ClassVar[str] = ""
     promise: ClassVar[str] = "nothing"
     wrappable: ClassVar[bool] = True
+    partial: ClassVar[bool] = False
+    declares: ClassVar[bool] = False
 
     @property
     def cap(self) -> Number | None:

@@ -66,6 +66,7 @@ class SubModel(Calibrated):
         "one client's rounds if rolling, hold every unit in the end"
     )
     moves: ClassVar[str] = "discrete"
+    partial: ClassVar[bool] = True
 
     units: str = choice(
         "sticky", ("sticky", "rolling"), "a client's own units for ever, or one window that moves"

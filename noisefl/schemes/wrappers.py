@@ -44,6 +44,14 @@ class Wrapper(Scheme):
         return self.inner.promise
 
     @property
+    def partial(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.partial
+
+    @property
+    def declares(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.declares
+
+    @property
     def cap(self) -> Number | None:
         return self.inner.cap
 
