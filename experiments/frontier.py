@@ -52,6 +52,7 @@ OWN = {  # as in the preset `two_way`, with any calibrator's own settings
     "scheme": "noised", "signs": "same", "cancellation": "subtract", "damping": "0.5",
     "server_clients": "4m", **LAST,
 }  # fmt: skip
+FROM_THE_START = {"warmup_rounds": "0"}  # the initial head would give away the last one
 SEQUENTIAL = {"calibrator": "sequential", "strength": "0.5"}
 CURVES = {
     "pair": Curve({"scheme": "noised", "own": "absent", **LAST}),
@@ -65,8 +66,10 @@ CURVES = {
     "quantised": Curve({"scheme": "quantised", **SEQUENTIAL}),
     "sub-model-sticky": Curve({"scheme": "sub_model", "units": "sticky", **SEQUENTIAL}),
     "sub-model-rolling": Curve({"scheme": "sub_model", "units": "rolling", **SEQUENTIAL}),
-    "withheld": Curve({"scheme": "withheld"}, "withheld_layers", ("1", "2")),
-    "own-classes": Curve({"scheme": "own_classes"}, ""),
+    "withheld": Curve({"scheme": "withheld", **FROM_THE_START}, "withheld_layers", ("1", "2")),
+    "own-classes": Curve(
+        {"scheme": "own_classes", **FROM_THE_START}, "least_share", ("0", "0.05", "0.1")
+    ),
     "statistics": Curve({"scheme": "statistics"}, ""),
 }
 PARTITIONS = {

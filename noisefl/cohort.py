@@ -25,7 +25,7 @@ class Members:
     groups: jax.Array  # int32 [M]: 0 is group a, 1 is group b
     counts: jax.Array  # int32 [M], n_k
     sampled: int = struct.field(pytree_node=False)  # m; M is 2m where each group has m
-    classes: jax.Array | None = None  # bool [M, C], of which each owns an image, if it says so
+    classes: jax.Array | None = None  # int32 [M, C]: images of each class, if they say so
 
 
 @part

@@ -289,35 +289,39 @@ def test_what_cannot_be_withheld_is_refused():
 # Rows of own classes alone.
 
 
-def test_a_round_of_own_classes_is_that_of_smaller_heads():
-    """Each client trains a net that ends in its own classes, in NumPy; rows move by their holders'
-    mean, all else by everybody's."""
+@pytest.mark.parametrize("least_share", [0.0, 0.3])
+def test_a_round_of_own_classes_is_that_of_smaller_heads(least_share):
+    """Each client trains a net that ends in its own classes, in NumPy, with a row of zeros for one
+    of which it owns too few images; rows move by their holders' mean, all else by everybody's."""
     base = fed.replaced(fed.start(), owner=W)
     images, labels = np.asarray(DATA.train_images), np.asarray(DATA.train_labels)
     rows = [np.asarray(row)[:n] for row, n in zip(DATA.clients, DATA.counts.tolist(), strict=True)]
-    experiment = fed.TINY.replace(scheme=schemes.OwnClasses())
+    experiment = fed.TINY.replace(scheme=schemes.OwnClasses(least_share=least_share))
     after, info = fed.step(fed.KEY, base, DATA, experiment)
     assert_one_program(base, after)
     copies, kept = info.observed
     own_key = keys.of_round(fed.KEY, jnp.int32(1))
     counts, updates, masks = [], [], []
     for place, k in enumerate(info.members.clients.tolist()):
-        own = np.unique(labels[rows[k]])
+        own, often = np.unique(labels[rows[k]], return_counts=True)
+        mask = np.zeros(fed.CLASSES)
+        mask[own[often >= least_share * len(rows[k])]] = 1
         start = nets.as_float64(W)
+        start["head"] = {name: w * mask for name, w in start["head"].items()}
         sliced = {"stem": start["stem"], "head": {n: w[..., own] for n, w in start["head"].items()}}
         batches = fed.local_batches(own_key, k, DATA, experiment.local)
         remapped = np.searchsorted(own, labels[rows[k]])
         rate = float(experiment.local.optimizer.learning_rate)
         trained = nets.client_update(fed.NET, sliced, batches, images[rows[k]], remapped, rate)
-        mask = np.zeros(fed.CLASSES)
-        mask[own] = 1
         update = nets.combine(np.subtract, start, start)
         update["stem"] = nets.combine(np.subtract, trained, sliced)["stem"]
         for name in ("kernel", "bias"):
             copy = np.asarray(copies["head"][name][place])
             np.testing.assert_array_equal(copy, np.asarray(W["head"][name]) * np.float32(mask))
-            assert not np.asarray(kept["head"][name][place])[..., mask == 0].any()
+            has = np.asarray(kept["head"][name][place])
+            assert not np.delete(has, own, axis=-1).any()
             update["head"][name][..., own] = trained["head"][name] - sliced["head"][name]
+            np.testing.assert_allclose(has[..., own], trained["head"][name], **fed.CLOSE)
         counts.append(len(rows[k]))
         updates.append(update)
         masks.append(mask)
@@ -341,7 +345,7 @@ def test_classes_are_those_of_valid_rows():
     found = DATA.classes_of(jnp.arange(8), fed.CLASSES)
     for k, n in enumerate(DATA.counts.tolist()):
         own = np.asarray(DATA.train_labels)[np.asarray(DATA.clients)[k, :n]]
-        assert np.flatnonzero(found[k]).tolist() == np.unique(own).tolist()
+        assert found[k].tolist() == np.bincount(own, minlength=fed.CLASSES).tolist()
 
 
 def test_models_without_a_row_for_each_class_are_refused():

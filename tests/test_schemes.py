@@ -58,7 +58,7 @@ def contract(cls: type, key, round, base, strength=2.0):
     members: Any = members_of(key, experiment, DATA)
     if scheme.declares:  # each lacks one
         absent = jax.nn.one_hot(members.clients % fed.CLASSES, fed.CLASSES, dtype=bool)
-        members = members.replace(classes=~absent)
+        members = members.replace(classes=jnp.int32(~absent))
     carry = scheme.init(keys.stream(key, "scheme"), base)
     issue, _ = scheme.issue(key, round, base, base, members, judge, carry)
 

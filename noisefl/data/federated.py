@@ -59,12 +59,12 @@ class Federation:
         return self.counts.shape[-1]
 
     def classes_of(self, clients: jax.Array, classes: int) -> jax.Array:
-        """bool [M, C]: of which of the C classes these clients, int32 [M], own an image."""
+        """int32 [M, C]: how many images of each of the C classes these clients, int32 [M], own."""
         rows = self.clients[clients]
         valid = jnp.arange(rows.shape[1]) < self.counts[clients][:, None]
         labels = jnp.where(valid, self.train_labels[rows], classes)  # no image, no class
-        nobody = jnp.zeros((rows.shape[0], classes), bool)
-        return nobody.at[jnp.arange(rows.shape[0])[:, None], labels].set(True, mode="drop")
+        nobody = jnp.zeros((rows.shape[0], classes), jnp.int32)
+        return nobody.at[jnp.arange(rows.shape[0])[:, None], labels].add(1, mode="drop")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

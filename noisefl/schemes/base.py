@@ -104,7 +104,7 @@ class Scheme(Part):
       promise: what it guarantees of a thief, whatever a calibrator adds; "nothing" is an answer.
       wrappable: rounds of plain FedAvg may go before it.
       partial: a parameter that is exactly 0 in a copy is one that the copy does not hold.
-      declares: it must know which classes the members of a round own, `Members.classes`.
+      declares: it must know which classes the members of a round own: `Members.classes`.
     """
 
     abstract: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Clients get the trunk, and of the head the rows of their own classes alone."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from noisefl.errors import refuse
 from noisefl.local import Own
 from noisefl.models import Functions, with_leaves
 from noisefl.noise import Path
-from noisefl.parts import part
+from noisefl.parts import Number, number, part
 from noisefl.probing import Judge
 from noisefl.schemes.base import Carry, Issue, Scheme, Slot, uncalibrated
 
@@ -20,17 +20,32 @@ Params = Any
 NEVER = -1e4  # a logit that much lower is a probability of exactly 0, and so is its gradient
 
 
+class Rows(NamedTuple):
+    """Of the head of each client, float32 [M, C] for each touched parameter: 1 or 0."""
+
+    given: dict[Path, jax.Array]  # W's row is handed out
+    owned: dict[Path, jax.Array]  # the client owns an image of the class
+
+
 @part
 class OwnClasses(Scheme):
-    """Client k receives W without the head's rows of classes of which it owns no image: they are 0.
+    """Client k receives W without the head's rows of classes that it does not own: they are 0.
 
-    It trains with a softmax over its own classes (their logits alone; the others count as −∞), so
-    that no other row would move: one client never learns of the others' classes, and does not push
-    their rows down either, which is what label skew does to FedAvg. Each row of W moves by the mean
-    over the clients that held it, and one that nobody held stays. Rounds cost what FedAvg's do.
+    It trains by a softmax over the classes of its images (other logits count as −∞), so that no
+    row moves that it was not given, and none is pushed down by who never sees its class, which is
+    what label skew does to FedAvg. Rows of classes that it owns too few images of are 0 in the copy
+    as well: it learns them for itself, and they are thrown away. Each row of W moves by the
+    mean over the clients that held it, and one that nobody held stays. A round costs what FedAvg's
+    does.
 
-    It protects where clients lack classes, and nothing where each owns them all. The server learns
-    which classes a client owns, and one that lies about them gets what it asked for.
+    It protects where clients lack classes, and nothing where each owns all of them. The *initial*
+    head must stay with the server too: layers below learn to be read by it, and it reads them until
+    the end. So no rounds without protection before (`Warmup(…, warmup_rounds=0)`). The server
+    learns which classes a client owns; one that lies about them gets what it asked for.
+
+    Attributes:
+      least_share: of its images must be of a class, that a client be given its row. 0: one image is
+        enough.
 
     Raises:
       ValueError: in `fit`, a model whose last layer has no bias, or not one output for each class.
@@ -48,6 +63,10 @@ class OwnClasses(Scheme):
     partial: ClassVar[bool] = True
     declares: ClassVar[bool] = True
 
+    least_share: Number = number(
+        0.0, "of its images are of a class whose row a client is given", low=0, high=1
+    )
+
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
         last = model.layers(image_shape)[-1]
         shapes: dict[Path, Any] = flatten_dict(model.shapes(image_shape))  # pyright: ignore
@@ -64,21 +83,23 @@ class OwnClasses(Scheme):
         self, key: jax.Array, round: jax.Array, base: Params, owner: Params, members: Members,
         judge: Judge, carry: Carry,
     ) -> tuple[Issue, Carry]:  # fmt: skip
-        """The secret: float32 [M, C] for each touched parameter, 1 where a row is handed out."""
         assert members.classes is not None, "declared"
-        own = members.classes.astype(jnp.float32)
-        secret = dict.fromkeys(self.touched(judge.model, judge.image_shape), own)
+        least = jnp.maximum(self.least_share * members.counts, 1)[:, None]
+        paths = self.touched(judge.model, judge.image_shape)
+        given, owned = (
+            dict.fromkeys(paths, jnp.float32(members.classes >= bound)) for bound in (least, 1)
+        )
         flat: dict[Path, Any] = flatten_dict(base)  # pyright: ignore
-        away = sum(jnp.sum(jnp.square(flat[path] * (1 - mask[0]))) for path, mask in secret.items())
-        there = sum(jnp.sum(jnp.square(flat[path])) for path in secret)
-        issue: Any = uncalibrated(secret, members)
+        away = sum(jnp.sum(jnp.square(flat[path] * (1 - mask[0]))) for path, mask in given.items())
+        there = sum(jnp.sum(jnp.square(flat[path])) for path in paths)
+        issue: Any = uncalibrated(Rows(given, owned), members)
         unseen = jnp.full(members.counts.shape, jnp.nan, jnp.float32)
         strength = jnp.sqrt(away / there)
         return issue.replace(relative_strength=strength, accuracy=unseen), carry
 
     def copy(self, base: Params, issue: Issue, slot: Slot) -> Params:
         flat: dict[Path, Any] = flatten_dict(base)  # pyright: ignore
-        rows = {path: flat[path] * mask[slot.index] for path, mask in issue.secret.items()}
+        rows = {path: flat[path] * mask[slot.index] for path, mask in issue.secret.given.items()}
         return with_leaves(base, rows)
 
     def work(
@@ -87,18 +108,18 @@ class OwnClasses(Scheme):
     ) -> Params:  # fmt: skip
         flat: dict[Path, Any] = flatten_dict(copy)  # pyright: ignore
         # The bias is told from the kernel by its shape: one number for each class.
-        masks = {path: mask[slot.index] for path, mask in issue.secret.items()}
-        barred = {path: jnp.where(mask > 0, flat[path], NEVER)
-                  for path, mask in masks.items() if flat[path].ndim == 1}  # fmt: skip
+        barred = {path: jnp.where(mask[slot.index] > 0, flat[path], NEVER)
+                  for path, mask in issue.secret.owned.items() if flat[path].ndim == 1}  # fmt: skip
         trained: dict[Path, Any] = flatten_dict(train(with_leaves(copy, barred)))  # pyright: ignore
-        rows = {path: jnp.where(mask > 0, trained[path], 0) for path, mask in masks.items()}
+        rows = {path: jnp.where(mask[slot.index] > 0, trained[path], 0)
+                for path, mask in issue.secret.owned.items()}  # fmt: skip
         return unflatten_dict({**trained, **rows})
 
     def recover(
         self, returned: Params, copy: Params, base: Params, issue: Issue, slot: Slot
     ) -> tuple[Params, Params | None]:
         masks: dict[Path, Any] = flatten_dict(jax.tree.map(jnp.ones_like, base))  # pyright: ignore
-        for path, mask in issue.secret.items():
+        for path, mask in issue.secret.given.items():
             masks[path] *= mask[slot.index]
         return jax.tree.map(jnp.subtract, returned, copy), unflatten_dict(masks)
 
@@ -106,5 +127,5 @@ class OwnClasses(Scheme):
         """Of the copy in slot 0: four for each parameter, less the rows it is not given."""
         flat: dict[Path, Any] = flatten_dict(base)  # pyright: ignore
         absent = sum(jnp.sum(jnp.ones_like(flat[path]) * (1 - mask[0]))
-                     for path, mask in issue.secret.items())  # fmt: skip
+                     for path, mask in issue.secret.given.items())  # fmt: skip
         return super().bytes_sent(base, issue) - 4 * absent
