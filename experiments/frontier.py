@@ -3,12 +3,14 @@
 Runs schemes x strengths x data sets x models x partitions x populations x seeds as one sweep of
 `experiments.run`, with its lanes, its store and its way of going on after any kill, and then reads
 off what every thief made of every view. Leaves frontier.csv, frontier.parquet, frontier.md and
-frontier-*.png beside the runs. What is no flag of its own is one of the driver's: --cpu_devices=2,
---dry_run, … With --merge it runs nothing and makes the files anew from several frontier.csv: of
-other schemes, seeds, models, machines.
+frontier-*.png beside the runs, and with --html frontier.html, which has them all in one file. What
+is no flag of its own is one of the driver's: --cpu_devices=2, --dry_run, … With --merge it runs
+nothing and makes the files anew from several frontier.csv: of other schemes, seeds, models,
+machines.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -23,6 +25,7 @@ from absl import flags
 from experiments import run
 from experiments.flags.grid import parse_axis
 from experiments.report import frontier as reported
+from experiments.report import page
 from experiments.sweep import hosts
 from experiments.sweep.options import CommandLine, parse
 from experiments.sweep.plan import plan
@@ -130,13 +133,14 @@ HELP = {
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns the exit code, as `experiments.run` does."""
-    again = "go on with: " + shlex.join(["python", "-m", "experiments.frontier", *argv[1:]])
+    typed = shlex.join(["python", "-m", "experiments.frontier", *argv[1:]])
+    again = f"go on with: {typed}"
     try:
         given, rest = options(argv)
         if given is None:
             return 0
         if given["merge"]:
-            return merge(given, rest)
+            return merge(given, rest, typed)
         command = points(given, rest)
         if command is None:
             return 0
@@ -144,7 +148,9 @@ def main(argv: list[str]) -> int:
         code = run.run(command, again)
         if code or command.driver.dry_run or not hosts.first():
             return code
-        found = reported.write(Path(command.out), names(command), given["strength_names"])
+        out = Path(command.out)
+        wanted = page_of(given, typed, [out])
+        found = reported.write(out, names(command), given["strength_names"], wanted)
         if given["json"]:
             Path(given["json"]).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return 0
@@ -156,7 +162,14 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def merge(given: dict[str, Any], rest: Sequence[str]) -> int:
+def page_of(given: dict[str, Any], typed: str, sources: Sequence[Path]) -> reported.Page | None:
+    """Of frontier.html, where it is asked for; `typed`: the command line."""
+    if not given["html"]:
+        return None
+    return functools.partial(page.of_frontier, command=typed, sources=sources)
+
+
+def merge(given: dict[str, Any], rest: Sequence[str], typed: str) -> int:
     """Of files that were made before; runs nothing."""
     if rest:
         raise refuse("merge", ",".join(given["merge"]), f"runs nothing: {rest[0]} is of no use")
@@ -166,7 +179,7 @@ def merge(given: dict[str, Any], rest: Sequence[str]) -> int:
             raise refuse("out", str(out), f"must not be where {file} is: it would be replaced")
     frame = reported.merged(given["merge"])
     out.mkdir(parents=True, exist_ok=True)
-    reported.publish(out, frame)
+    reported.publish(out, frame, page_of(given, typed, [Path(file) for file in given["merge"]]))
     if given["json"]:
         frame.to_json(given["json"], orient="records", indent=1)
     return 0
@@ -186,6 +199,7 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     flags.DEFINE_bool("quick", False, "three schemes, five thieves, one seed", flag_values=values)
     flags.DEFINE_string("json", "", "file for all figures, one object each", flag_values=values)
     flags.DEFINE_string("out", "", "folder of the results", flag_values=values)
+    flags.DEFINE_bool("html", False, "one page with everything in it", flag_values=values)
     flags.DEFINE_list("merge", [], "frontier.csv files: one table of all", flag_values=values)
     flags.DEFINE_bool("help", False, "this page", flag_values=values)
     try:
@@ -219,7 +233,7 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
             raise refuse(name, "", "must name at least one")
     name = "-merged" if values["merge"].value else "-quick" if base is QUICK else ""
     out = values["out"].value or f"results/frontier{name}"
-    own = {name: values[name].value for name in ("json", "merge")}
+    own = {name: values[name].value for name in ("json", "html", "merge")}
     return {**found, **own, "out": out, "strength_names": {}}, rest
 
 

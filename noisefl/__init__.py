@@ -40,4 +40,4 @@ from noisefl.round import received as received
 from noisefl.round import step as step
 from noisefl.strategy import Strategy as Strategy
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

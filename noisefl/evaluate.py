@@ -76,6 +76,8 @@ def count_correct(
 def share(count: jax.Array, size: int) -> jax.Array:
     """count / size as the float32 nearest to it, so that a copy exactly at the cap is not above it.
 
+    Of int32 [...] float32 [...].
+
     XLA turns a division by a constant into a product with its reciprocal, which rounds twice. The
     barrier hides the constant; with the count's own shape it does so under vmap as well.
     """
@@ -83,8 +85,8 @@ def share(count: jax.Array, size: int) -> jax.Array:
 
 
 def mine(images: jax.Array, labels: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
-    """The images of this one of D positions of a mapped axis, ⌈N / D⌉; those that only fill up are
-    of no class. All of them if there is no axis."""
+    """Of images [N, ...] and labels [N] those of this one of D positions of a mapped axis, ⌈N / D⌉;
+    those that only fill up are of no class. All of them if there is no axis."""
     if not axis:
         return images, labels
     devices, size = lax.axis_size(axis), labels.shape[0]

@@ -55,6 +55,10 @@ class Experiment(Part):
     )  # fmt: skip
     strategy: Strategy = child(Strategy, "speed: how clients, images and layers are laid out")
 
+    def check(self) -> None:
+        if self.channels != ():
+            models.check_channels(self.channels)
+
     def resolved(self) -> "Experiment":
         """With everything that is left to the target chosen (`Strategy.resolved`)."""
         return self.replace(strategy=self.strategy.resolved(sum(self.cohort.sizes)))

@@ -4,20 +4,18 @@ import zlib
 
 import jax
 
-from noisefl.errors import refuse
+from noisefl.errors import whole
 
 # A purpose's number is a hash of its name, so adding one never shifts the randomness of another.
 
 
 def root(seed: int) -> jax.Array:
-    """The root key of a run: what `init` and every `step` of it are given.
+    """The root key [] of a run: what `init` and every `step` of it are given.
 
     Raises:
       ValueError: a seed outside 0 … 2³² − 1, which would share its randomness with one inside.
     """
-    if not 0 <= seed < 2**32:
-        raise refuse("seed", seed, "must be 0 to 4294967295")
-    return jax.random.key(seed)
+    return jax.random.key(whole("seed", seed, 0, 2**32 - 1, "must be 0 to 4294967295"))
 
 
 def stream(key: jax.Array, purpose: str, index: jax.Array | int | None = None) -> jax.Array:
@@ -33,5 +31,5 @@ def stream(key: jax.Array, purpose: str, index: jax.Array | int | None = None) -
 
 
 def of_round(root: jax.Array, number: jax.Array | int) -> jax.Array:
-    """The key of round t = 1, 2, … of a run, the same wherever the run is driven from."""
+    """The key [] of round t = 1, 2, … of a run, the same wherever the run is driven from."""
     return stream(stream(root, "rounds"), "round", number)

@@ -52,7 +52,8 @@ class Training(Part):
         super().__post_init__()
 
     def samples(self, count: jax.Array) -> jax.Array:
-        """Images that a client of n_k samples trains on in a round, each epoch counted: int32."""
+        """Images that a client of n_k samples trains on in a round, each epoch counted: of int32
+        [...] int32 [...]."""
         return count * self.local_epochs
 
     def train(

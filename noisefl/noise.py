@@ -29,7 +29,7 @@ class Distribution(Part):
     abstract: ClassVar[bool] = True
 
     def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """float32 of that shape."""
+        """Float32 [...] of that shape."""
         raise NotImplementedError
 
 
@@ -108,7 +108,7 @@ class Where(Part):
         return tuple(paths)
 
     def keys(self, key: jax.Array, paths: tuple[Path, ...]) -> dict[Path, jax.Array]:
-        """One key for each noised parameter: what a scheme keeps instead of many draws."""
+        """A key [] for each noised parameter: what a scheme keeps instead of many draws."""
         return dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
 
     def unit(
@@ -124,26 +124,28 @@ class Where(Part):
         return {path: of(path) for path in keys}
 
     def draw(self, key: jax.Array, params: Params, paths: tuple[Path, ...]) -> Draw:
-        """One draw of independent unit-variance noise for the parameters at `paths`."""
+        """One draw of independent unit-variance noise, [...] of each parameter at `paths`."""
         return self.unit(params, self.keys(key, paths))
 
     def unit_scale(self, params: Params, paths: tuple[Path, ...]) -> dict[Path, jax.Array]:
-        """Standard deviation of ξ at strength 1, a scalar for each path: 1 ("absolute"), or the RMS
-        of the noised parameters of the same layer ("relative")."""
+        """Standard deviation of ξ at strength 1, float32 [] for each path.
+
+        1 ("absolute"), or the RMS of the noised parameters of the same layer ("relative").
+        """
         flat = _flat(params)
         if self.noise_scale == "absolute":
             return {path: jnp.float32(1) for path in paths}
         return {path: _rms([flat[p] for p in paths if p[:-1] == path[:-1]]) for path in paths}
 
     def scaled(self, params: Params, drawn: Draw, strength: jax.Array) -> Draw:
-        """ξ itself: the draw at its strength."""
+        """ξ itself: the draw at its strength, float32 []."""
         scales = self.unit_scale(params, tuple(drawn))
         return {path: strength * scales[path] * unit for path, unit in drawn.items()}
 
     def spread(
         self, copy: Params, paths: tuple[Path, ...], strength: jax.Array
     ) -> dict[Path, jax.Array]:
-        """Standard deviation of ξ as whoever holds a copy can tell it from the strength, a scalar
+        """Standard deviation of ξ as whoever holds a copy can tell it from the strength, float32 []
         for each path. The RMS of a layer of W is told from that of the copy's: its square is
         1 + r² times as large on average."""
         scales = self.unit_scale(copy, paths)
@@ -190,6 +192,6 @@ def _rms(leaves: list[jax.Array]) -> jax.Array:
 
 
 def apply(params: Params, noise: Draw, sign: jax.Array | float) -> Params:
-    """params + sign · ξ: the plus copy with sign +1, the minus copy with sign −1."""
+    """params + sign · ξ: the plus copy with sign +1, the minus copy with sign −1, float32 []."""
     flat = _flat(params)
     return unflatten_dict({**flat, **{path: flat[path] + sign * noise[path] for path in noise}})

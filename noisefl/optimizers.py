@@ -4,7 +4,7 @@ An optax transformation is made of functions, so that it can be no leaf, and two
 programs. A part keeps the factory, which is static, and its numbers, which are not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import jax
@@ -61,6 +61,9 @@ class Optax(Optimizer):
     )
     numbers: dict[str, Any] = numbers({"learning_rate": 1e-3}, "its numbers by name")
 
+    def check(self) -> None:
+        check_factory(self.factory)
+
     def transformation(self, round: jax.Array) -> optax.GradientTransformation:
         del round
         return self.factory(**self.numbers)
@@ -73,9 +76,19 @@ class Opaque(Optimizer):
 
     given: optax.GradientTransformation = static(optax.identity(), "an optax transformation")
 
+    def check(self) -> None:
+        if not isinstance(self.given, optax.GradientTransformation):
+            raise refuse("given", self.given, "must be an optax transformation")
+
     def transformation(self, round: jax.Array) -> optax.GradientTransformation:
         del round
         return self.given
+
+
+def check_factory(factory: Any) -> None:
+    """Raises ValueError where it cannot be called, or be what a program is compiled for."""
+    if not (callable(factory) and isinstance(factory, Hashable)):
+        raise refuse("factory", factory, "must be a function that returns an optax transformation")
 
 
 def taken(given: Any) -> Optimizer:

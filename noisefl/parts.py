@@ -1,11 +1,10 @@
 """Parts: what an experiment is built of.
 
 A part is a small frozen dataclass and a pytree. Its numbers are leaves, so that a new value
-compiles
-nothing and a leading axis makes lanes; its choices, sizes and functions are static: another one is
-another program. Each field is declared once, by one of the functions below, with its default,
-range,
-unit and meaning; checks, help pages, flags and the axes of sweeps are read off these declarations.
+compiles nothing and a leading axis makes lanes; its choices, sizes and functions are static:
+another one is another program. Each field is declared once, by one of the functions below, with its
+default, range, unit and meaning; checks, help pages, flags and the axes of sweeps are read off
+these declarations::
 
     @part
     class Fixed(Calibrator):
@@ -13,8 +12,11 @@ unit and meaning; checks, help pages, flags and the axes of sweeps are read off 
 """
 
 import dataclasses
+import functools
 import math
 import re
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -153,7 +155,7 @@ class Part:
     def __post_init__(self) -> None:
         concrete = True
         for name, spec in specs(type(self)).items():
-            value = _taken(name, getattr(self, name), spec)
+            value = _taken(type(self), name, getattr(self, name), spec)
             concrete &= not any(isinstance(x, Tracer) for x in jax.tree.leaves(value))
             object.__setattr__(self, name, value)
         if concrete:
@@ -206,7 +208,7 @@ def defaults(cls: type) -> dict[str, Any]:
     }
 
 
-def _taken(name: str, given: Any, spec: Spec) -> Any:
+def _taken(owner: type, name: str, given: Any, spec: Spec) -> Any:
     """The value as the part holds it; raises ValueError if it is not allowed."""
     value: Any = given
     if given is None and spec.optional:
@@ -214,15 +216,19 @@ def _taken(name: str, given: Any, spec: Spec) -> Any:
     if spec.traced:
         return _as_array(name, value, spec)
     if spec.kind == "numbers":
+        if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+            raise refuse(name, value, "must be numbers by name")
         each = Spec("number", spec.help)
         return {key: _as_array(f"{name}[{key!r}]", one, each) for key, one in value.items()}
     if spec.kind == "children":
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise refuse(name, value, "must be several parts")
         for one in value:
-            _taken(name, one, Spec("child", spec.help))
+            _check_kind(owner, name, one)
         return tuple(value)
-    if spec.kind == "child" and not isinstance(given, Part):
-        raise refuse(name, value, "must be a part (a class made by noisefl.part)")
-    if spec.kind == "choice" and value not in spec.choices:
+    if spec.kind == "child":
+        _check_kind(owner, name, given)
+    if spec.kind == "choice" and not (isinstance(given, str) and given in spec.choices):
         raise refuse(name, value, nearest(str(value), spec.choices))
     if spec.kind == "switch" and not isinstance(given, bool):
         raise refuse(name, value, "must be True or False")
@@ -237,13 +243,44 @@ def _taken(name: str, given: Any, spec: Spec) -> Any:
     return value
 
 
+def _check_kind(owner: type, name: str, given: Any) -> None:
+    """Raises ValueError where a field would hold no part, or one of another kind.
+
+    What stands in for a part that is no base, as a cohort of your own, needs what its docstring
+    says and not the base; but a part of this package is of its own kind.
+    """
+    if not isinstance(given, Part):
+        raise refuse(name, given, "must be a part (a class made by noisefl.part)")
+    kind = kind_of(owner, name)
+    ours = (cls for cls in type(given).__mro__ if cls is not Part)
+    mistaken = "abstract" in vars(kind) or any(c.__module__.startswith("noisefl.") for c in ours)
+    if not isinstance(given, kind) and mistaken:
+        raise refuse(name, name_of(type(given)), f"must be a part of the kind {kind.__name__}")
+
+
+@functools.cache
+def kind_of(owner: type, name: str) -> type:
+    """The base class of what a child field, or each of its children, may hold, by its
+    annotation."""
+    hint = typing.get_type_hints(owner)[name]
+    while typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    for cls in hint.__mro__:  # `optimizer: SGD` still means any optimizer
+        if cls.__dict__.get("abstract", False):
+            return cls
+    return hint
+
+
 def _as_array(name: str, value: Any, spec: Spec) -> Any:
     """float32 or int32: a Python number and an array would else be two signatures to JAX."""
     kind = np.float32 if spec.kind == "number" else np.int32
     if isinstance(value, Tracer):
         return value.astype(kind)
-    given = np.asarray(value)
-    if given.dtype.kind not in "iuf":
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError):  # keys; lists of lists of several lengths
+        raise refuse(name, value, spec.allowed) from None
+    if given.dtype.kind not in "iuf" or not given.size:
         raise refuse(name, value, spec.allowed)
     wide = given.astype(np.float64)
     if spec.kind == "count" and np.any(wide != np.floor(wide)):
@@ -311,6 +348,8 @@ def lanes(parts: Sequence[Any]) -> Any:
     Raises:
       ValueError: none, or parts that differ in more than numbers.
     """
+    if not isinstance(parts, Sequence) or not all(isinstance(one, Part) for one in parts):
+        raise refuse("lanes", parts, "must be several parts, such as experiments")
     if not parts:
         raise refuse("lanes", [], "must be at least one experiment")
     first = jax.tree.structure(parts[0])

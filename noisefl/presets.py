@@ -31,7 +31,7 @@ def quickstart() -> Experiment:
     """The source's scheme where it does least harm: noise on the last layer, in units of its RMS.
 
     On the first convolution no combination we tried kept the owner within 3 points of FedAvg under
-    the cap (BUILD_NOTES.md, "The readings"). `Predictive` needs no number that is tuned to a data
+    the cap (docs/results.md, "The readings"). `Predictive` needs no number that is tuned to a data
     set: it starts from noise as strong as the parameters, and hands out a bare base that holds.
     """
     return Experiment(
@@ -53,8 +53,8 @@ def two_way() -> Experiment:
     out exactly what it put in (`schemes.Noised` says what a coalition is left with).
 
     4m server-side clients steady the owner, and half of the damping its runs, at no cost to FedAvg
-    (BUILD_NOTES.md, "Stability"). One draw is foretold: of ten clients' own the one that needs most
-    decides, and the best of three was no better ("The cap on a coalition").
+    (docs/results.md, "Stability"). One draw is foretold: of ten clients' own the one that needs
+    most decides, and the best of three was no better ("The cap on a coalition").
     """
     made = quickstart()
     rule = calibrate.Predictive(cap=0.6, draws=1)

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 
 from noisefl import evaluate, keys
 from noisefl.cohort import Members, mapped
 from noisefl.data import Federation
+from noisefl.errors import refuse, whole
 from noisefl.experiment import Experiment
 from noisefl.local import Own
 from noisefl.schemes import Issue, Slot
@@ -60,6 +62,7 @@ def init(key: jax.Array, experiment: Experiment, data: Federation) -> State:
       ValueError: parts that do not fit each other, the model or the data.
     """
     experiment = experiment.resolved()
+    check_labels(experiment, data)
     experiment.scheme.fit(experiment.functions, data.image_shape, experiment.cohort)
     begin = keys.stream(key, "init")
     params = experiment.functions.init(begin, data.image_shape)
@@ -71,6 +74,20 @@ def init(key: jax.Array, experiment: Experiment, data: Federation) -> State:
         server=experiment.server.init(params),
         held=experiment.owner.init(params),
     )
+
+
+def check_labels(experiment: Experiment, data: Federation) -> None:
+    """Raises ValueError where the model does not take the images, or where a label has no logit;
+    that is told outside of a program alone."""
+    model = experiment.functions
+    model.shapes(data.image_shape)
+    every = data.train_labels, data.validation_labels, data.test_labels
+    if any(isinstance(labels, Tracer) for labels in every):
+        return
+    classes, largest = model.classes(data.image_shape), max(int(jnp.max(x)) for x in every)
+    if largest >= classes:
+        allowed = f"has logits of {classes} classes, and there are labels up to {largest}"
+        raise refuse("model", model.name, allowed)
 
 
 def step(
@@ -176,7 +193,13 @@ def received(
       before: the state that `step` was given.
       info: that it returned.
       slot: 0 … M − 1; `info.members.clients[slot]` says who that is.
+
+    Raises:
+      ValueError: no such slot.
     """
     members = info.members
+    if not isinstance(slot, Tracer):  # JAX would take the last, or count from the end
+        last = members.clients.shape[0] - 1
+        slot = whole("slot", slot, 0, last, f"must be a whole number, 0 to {last}")
     place = Slot(jnp.int32(slot), members.groups[slot], members.clients[slot])
     return experiment.scheme.copy(before.base, info.issue, place)

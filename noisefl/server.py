@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from noisefl.optimizers import check_factory
 from noisefl.parts import Number, Part, number, numbers, part, static
 
 Params = Any
@@ -53,6 +54,9 @@ class Optax(Server):
         optax.adam, "module-level function that builds the transformation"
     )
     numbers: dict[str, Any] = numbers({"learning_rate": 0.01}, "its numbers by name")
+
+    def check(self) -> None:
+        check_factory(self.factory)
 
     def transformation(self) -> optax.GradientTransformation:
         return self.factory(**self.numbers)

@@ -11,11 +11,12 @@ from jax import lax
 
 from noisefl.cohort import Members
 from noisefl.data import Federation
-from noisefl.errors import refuse
+from noisefl.errors import refuse, whole
 from noisefl.experiment import Experiment
 from noisefl.local import Own
 from noisefl.measure import Conclusion, Measure, Numbers, Standard
-from noisefl.round import State, init, step
+from noisefl.parts import LARGEST
+from noisefl.round import State, check_labels, init, step
 from noisefl.schemes import Bare
 
 Row = dict[str, Any]
@@ -55,7 +56,7 @@ def measured_step(
 def conclude(
     key: jax.Array, state: State, data: Federation, experiment: Experiment, measure: Measure
 ) -> Conclusion:
-    """What a measure says after the last round, by row and column.
+    """What a measure says after the last round, [] by row and column.
 
     Args:
       key: the run's root.
@@ -82,8 +83,9 @@ def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Si
     Raises:
       ValueError: `rounds_per_chunk` below 1.
     """
-    if rounds_per_chunk < 1:
-        raise refuse("rounds_per_chunk", rounds_per_chunk, "must be at least 1")
+    rounds_per_chunk = whole("rounds_per_chunk", rounds_per_chunk, 1, LARGEST, "must be at least 1")
+    if not isinstance(measure, Measure | None):
+        raise refuse("measure", measure, "must be a noisefl.measure.Measure, or None")
     kept = Standard() if measure is None else measure
 
     def simulation(
@@ -152,6 +154,7 @@ def run(
     """
     kept = Standard() if measure is None else measure
     experiment = experiment.resolved()
+    check_labels(experiment, data)
     simulation = jax.jit(chunk_of_rounds(rounds_per_chunk, kept), donate_argnums=1)
     now: State = (
         jax.jit(lambda k, e, d: begin(k, e, d, kept))(key, experiment, data)

@@ -1,11 +1,12 @@
 """What changes only speed, memory and the last bits: how clients, images and layers are laid out.
 
-None and "auto" mean the measured best of a target; BUILD_NOTES.md has the figures. Those of
+None and "auto" mean the measured best of a target; docs/speed.md has the figures. Those of
 accelerators are reasoned, not measured.
 """
 
 import jax
 
+from noisefl.errors import refuse
 from noisefl.models import LOWERINGS, Lowering
 from noisefl.parts import Part, choice, part, size, static
 
@@ -50,6 +51,8 @@ class Strategy(Part):
 
     def check(self) -> None:
         _ = self.lowering
+        if not isinstance(self.clients_axis, str):
+            raise refuse("clients_axis", self.clients_axis, "must be a text")
 
     def resolved(self, clients: int) -> "Strategy":
         """With a value wherever it says None or auto.

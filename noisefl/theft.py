@@ -211,7 +211,8 @@ def completed(view: View, mask: jax.Array, partial: bool) -> View:
 
 
 def of_one(round: jax.Array, copy: Params, returned: Params) -> View:
-    """The view of one client that took part in round t alone; nothing is known of the spread."""
+    """The view of one client that took part in round t, int32 [], alone; nothing is known of the
+    spread."""
     models = jax.tree.map(lambda leaf: leaf[None, None], (copy, returned))
     there = jnp.ones((1, 1), bool)
     unknown = jax.tree.map(lambda _: jnp.full((1, 1), jnp.nan), copy)

@@ -186,10 +186,10 @@ class Processes:
                 process.kill()
             process.communicate()
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
+    def start(self, *args: str, module: str = "experiments.run") -> subprocess.Popen[str]:
         environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.run", *args],
+            [sys.executable, "-m", module, *args],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -199,9 +199,9 @@ class Processes:
         self._all.append(process)
         return process
 
-    def run(self, *args: str) -> tuple[int, str]:
+    def run(self, *args: str, module: str = "experiments.run") -> tuple[int, str]:
         """Exit code and what it said on standard error."""
-        process = self.start(*args)
+        process = self.start(*args, module=module)
         err = process.communicate(timeout=LIMIT)[1]
         return process.returncode, err
 

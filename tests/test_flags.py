@@ -377,6 +377,8 @@ def test_flags_override_a_file_wherever_they_stand(tmp_path):
         assert found.setup({}).flags["cap"] == 0.5
     own.write_text("--noise_layers='conv\n")
     assert refusal(f"--flagfile={own}").startswith(f"flagfile='{own}': cannot be read")
+    own.write_text(f"--cap=0.5\n--flagfile={own}\n")
+    assert refusal(f"--flagfile={own}").startswith(f"flagfile='{own}': must not name another")
 
 
 def test_where_the_results_go():
@@ -418,6 +420,10 @@ def test_a_cpu_is_split_into_its_cores(monkeypatch, args, devices):
         (["--flagfile=mcmahon"], ["flagfile='mcmahon'", "did you mean mcmahan?"]),
         (["--preset=literl"], ["preset='literl'", "did you mean literal?", "module:function"]),
         (["--preset=no.such:thing"], ["preset='no.such:thing'", "cannot be imported"]),
+        (["--preset=..a:x"], ["preset='..a:x'", "cannot be imported (TypeError"]),
+        (["--preset=noisefl:fedavg"], ["preset='noisefl:fedavg'", "fedavg fails (TypeError"]),
+        (["--flagfile=~no_such_user/own"], ["flagfile='~no_such_user/own'", "cannot be read"]),
+        ([f"--flagfile={'a' * 300}"], ["flagfile='aaa", "cannot be read"]),
         (["--lerning_rate=1"], ["--lerning_rate", "did you mean --learning_rate?"]),
         (["--cpu_devicez=1"], ["did you mean --cpu_devices?"]),
         (["--scheme.calibrator.capp=1"], ["did you mean --scheme.calibrator.cap?"]),

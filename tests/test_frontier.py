@@ -169,6 +169,7 @@ def test_merging_runs_nothing(tmp_path, capsys):
     assert frontier.main(["frontier", f"--merge={file}", f"--json={json_file}", out]) == 0
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
         *(f"frontier.{end}" for end in ("csv", "parquet", "md")), "frontier-100.png",
+        "shares-100.png",
     }  # fmt: skip
     rows = json.loads(json_file.read_text())
     with file.open() as lines:

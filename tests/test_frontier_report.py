@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from experiments.report import frontier as reported
+from experiments.report import shares
 from noisefl import protection
 
 OWNERS, FEDAVG, SERVER = {"iid": 0.9, "shards": 0.8}, 0.95, 0.7
@@ -323,7 +324,8 @@ def test_the_files_can_be_read(made, tmp_path):
     folder, found = made
     names = {file.name for file in folder.iterdir() if file.is_file()}
     assert names == {
-        "sweep.json", *(f"frontier.{end}" for end in ("csv", "parquet", "md")), "frontier-6.png",
+        "sweep.json", *(f"frontier.{end}" for end in ("csv", "parquet", "md")),
+        "frontier-6.png", "shares-6.png",
     }  # fmt: skip
     with open(folder / "frontier.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -415,12 +417,40 @@ def test_tables_in_markdown(made):
     assert by_thief[0] == ["thief", "view", "pair 0.6", "none"]
 
 
+def large(pictures) -> set[str]:
+    """Names of those of owner against thief; beside each there is one of shares."""
+    found = {name for name in pictures if name.startswith("frontier-")}
+    assert set(pictures) - found == {name.replace("frontier-", "shares-") for name in found}
+    return found
+
+
+def test_the_picture_of_shares_says_what_the_table_says(made):
+    """λ and its interval of the middle strength; undefined ones have no point, and say why."""
+    best = reported.best_thieves(pd.DataFrame(made[1]))
+    figure = shares.picture(best, "of what it is")
+    assert [one.get_title().split(":")[0] for one in figure.axes] == ["iid", "shards"]
+    for axes in figure.axes:
+        partition = axes.get_title().split(":")[0]
+        strength = 0.8  # the larger of two
+        middle = best[(best["strength"] == strength) & (best["partition"] == partition)]
+        wanted = middle[middle["view"].isin(["V1", "V3"]) & middle["lambda"].notna()]
+        points = [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
+        shown = [np.asarray(line.get_xdata(), float)[0] for line in points]
+        np.testing.assert_allclose(sorted(shown), np.clip(sorted(wanted["lambda"]), -0.3, 1.3))
+        assert f"owner {100 * middle['owner'].iloc[0]:.1f}" in axes.get_yticklabels()[0].get_text()
+    gone = best.assign(**{"lambda": np.nan})
+    for failed, why in ((0, "the owner is not above scratch"), (1, "a run broke down")):
+        for axes in shares.picture(gone.assign(failed=failed), "").axes:
+            assert [text.get_text() for text in axes.texts] == [why]
+            assert not [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
+
+
 def test_pictures_have_a_panel_for_each_partition_and_view(made):
     folder, found = made
     content = (folder / "frontier-6.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     pictures = reported.pictures(reported.best_thieves(pd.DataFrame(found)))
-    assert set(pictures) == {"frontier-6.png"}
+    assert set(pictures) == {"frontier-6.png", "shares-6.png"}
     axes = pictures["frontier-6.png"].axes
     assert len(axes) == 2 * 2
     assert [one.get_title().split(":")[0] for one in axes[:2]] == ["V1", "V3"]
@@ -444,7 +474,7 @@ def test_each_population_and_each_split_of_the_server_has_a_picture(made, change
     frame = pd.DataFrame(made[1])
     both = pd.concat([frame, frame.assign(**changes)])
     best = reported.best_thieves(both)
-    assert set(reported.pictures(best)) == wanted
+    assert large(reported.pictures(best)) == wanted
     assert reported.markdown(both, best).count("\n## ") == 4
 
 
@@ -461,8 +491,8 @@ def test_several_models_are_told_apart(made):
     frame = pd.DataFrame(made[1])
     both = pd.concat([frame, frame.assign(model="vit", owner=frame["owner"] - 0.1)])
     best = reported.best_thieves(both)
-    assert set(reported.pictures(best)) == {"frontier-lenet5-6.png", "frontier-vit-6.png"}
-    assert set(reported.pictures(reported.best_thieves(frame))) == {"frontier-6.png"}
+    assert large(reported.pictures(best)) == {"frontier-lenet5-6.png", "frontier-vit-6.png"}
+    assert large(reported.pictures(reported.best_thieves(frame))) == {"frontier-6.png"}
     text = reported.markdown(both, best)
     for model in ("lenet5", "vit"):
         assert text.count(f"## mnist, {model}, iid, K = 6") == 1

@@ -103,3 +103,10 @@ def test_only_this_module_makes_and_folds_keys():
 def test_a_seed_that_would_repeat_another_is_refused(seed):
     with pytest.raises(ValueError, match=f"seed={seed}: must be 0 to 4294967295"):
         keys.root(seed)
+
+
+@pytest.mark.parametrize("seed", [1.5, True, "1", None, np.array([1])])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match=r"^seed=.*: must be 0 to 4294967295$"):
+        keys.root(seed)
+    assert keys.root(np.uint32(1)) == keys.root(1)  # pyright: ignore[reportArgumentType]

@@ -5,9 +5,11 @@ been.
 """
 
 import json
+import os
 import re
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,65 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
     if "--cpu_devices=1" in args:
         assert_complete(out)
         assert (out / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
+
+
+KILLS = int(os.environ.get("NOISEFL_KILLS") or 6)  # of all drivers together
+FRONTIER = [
+    "--schemes=pair,two-way", "--partitions=iid", "--clients=6", "--seeds=0", "--rounds=3",
+    "--coalitions=2", "--singles=1", "--copies=2", "--strengths=1", "--thief_images=50",
+    "--attacks=bare_copy+scratch+average", "--checkpoint_every=1", "--max_tries=9",
+    "--calibrator=geometric", "--server_images=60", "--cpu_devices=1",
+]  # fmt: skip
+DRIVERS = {
+    "run": ("experiments.run", ["--cpu_devices=2"]),
+    "sweep": ("experiments.run", [*GRID, "--cpu_devices=1"]),
+    "frontier": ("experiments.frontier", FRONTIER),
+}
+RESULTS = (
+    *("config.json", "metrics.jsonl", "thieves.jsonl", "summary.json"),
+    *("frontier.csv", "frontier.md"),
+)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tiny, processes, tmp_path, driver):
+    """A third of `KILLS` each, anywhere between the start of Python and the last file:
+
+    NOISEFL_KILLS=100 .venv/bin/python -m pytest -m slow tests/test_kills.py -k random
+    """
+    module, args = DRIVERS[driver]
+    if driver == "frontier":
+        kept = ("--dataset", "--model", "--clients_per_round", "--compilation")
+        tiny = [flag for flag in tiny if flag.startswith(kept)]
+    place = list(DRIVERS).index(driver)
+    left, rng = (KILLS + len(DRIVERS) - 1 - place) // len(DRIVERS), np.random.default_rng(place)
+    wanted, lasts, folders = {}, 0.0, 1
+    for whole in (tmp_path / "cold", tmp_path / "warm"):  # the second finds its programs compiled
+        begin = time.monotonic()
+        code, err = processes.run(*tiny, *args, f"--out={whole}", module=module)
+        assert code == 0, err
+        wanted, lasts, before = contents(whole, *RESULTS), time.monotonic() - begin, wanted
+        assert before in ({}, wanted)
+    assert len(wanted) > 2
+    while left:
+        out = tmp_path / f"out{folders}"
+        process = processes.start(*tiny, *args, f"--out={out}", module=module)
+        try:
+            _, err = process.communicate(timeout=rng.uniform(0, lasts))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            left -= 1
+            assert contents(out, "summary.json").items() <= wanted.items()
+        else:  # it was quicker, and the next one begins anew
+            assert process.returncode == 0, err
+            assert contents(out, *RESULTS) == wanted
+            folders += 1
+    out = tmp_path / f"out{folders}"
+    code, err = processes.run(*tiny, *args, f"--out={out}", module=module)
+    assert code == 0, err
+    assert contents(out, *RESULTS) == wanted
+    assert not list(out.glob("batches/*"))
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone has it")

@@ -3,7 +3,11 @@
 import gzip
 import hashlib
 import importlib.resources
+import io
+import os
+import zipfile
 
+import fuzz
 import numpy as np
 import pytest
 from data_files import FIELDS, assert_same, idx_bytes, pairs, refuses, tiny, write_idx, write_npz
@@ -156,6 +160,62 @@ def test_bad_files_are_refused(tmp_path):
     labels.unlink()
     assert "train-labels" in refuses(folder)
     assert "data_dir" in refuses(folder, data_dir=str(tmp_path))
+
+
+def zeros(size: int) -> bytes:
+    """As gzip, in a thousandth of the room."""
+    return gzip.compress(bytes(1 << 24), mtime=0) * (size >> 24)
+
+
+def test_what_is_no_data_set_is_not_read_to_its_end(tmp_path):
+    """Nor is what a header declares allocated: of all of them there is no room for a tenth."""
+    images = tmp_path / "digits" / "train-images-idx3-ubyte.gz"
+    folder, sound = write_idx(tmp_path / "digits", tiny()), images.read_bytes()
+    huge = b"\0\0\x08\x03" + (2**31).to_bytes(4, "big") * 3
+    with fuzz.thrifty(1 << 28):
+        for content in (
+            sound + zeros(1 << 32),
+            gzip.compress(huge),
+            gzip.compress(huge) + zeros(1 << 30),
+        ):
+            images.write_bytes(content)
+            assert "holds fewer or more bytes than its header" in refuses(folder)
+        images.unlink()
+        with (tmp_path / "digits" / "train-images-idx3-ubyte").open("wb") as file:
+            file.write(idx_bytes(tiny()[0]))
+            file.truncate(1 << 40)  # of holes
+        assert "holds fewer or more" in refuses(folder)
+        lies = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            lies, {"descr": "|u1", "fortran_order": False, "shape": (2**40,)}
+        )
+        write_members(tmp_path / "a.npz", lies.getvalue())
+        assert "MemoryError" in refuses(str(tmp_path / "a.npz"))
+    os.mkfifo(tmp_path / "b.npz")
+    assert "must be a file or a folder" in refuses(str(tmp_path / "b.npz"))
+    assert "cannot be read" in refuses("~no_such_user/a.npz")
+    assert "cannot be read" in refuses(f"./{'a' * 300}")
+    with pytest.raises(ValueError, match=r"^dataset=.*: must be a text: a name or a path$"):
+        load(tmp_path / "a.npz")
+
+
+def write_members(path, first: bytes) -> None:
+    """An .npz whose x_train is what it is."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_train.npy", first)
+        for name in ("y_train", "x_test", "y_test"):
+            archive.writestr(f"{name}.npy", b"")
+
+
+def test_a_header_that_says_less_than_there_is_hides_nothing(tmp_path):
+    """NumPy reads what the header says, and compares the checksum at the end of the file only."""
+    path = tmp_path / "a.npz"
+    write_npz(path, tiny())
+    raw = path.read_bytes()
+    for count in (b"(30,", b"(12,"):  # of images, and of labels as well
+        raw = raw.replace(count, b"(10,")
+    path.write_bytes(raw)
+    assert "x_train holds more than its header" in refuses(str(path))
 
 
 # `arrays`, writers and channels

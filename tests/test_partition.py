@@ -191,6 +191,10 @@ def test_lognormal_labels_are_iid():
         ({"how": "dirichlet", "dirichlet_alpha": float("inf")}, "dirichlet_alpha=inf"),
         ({"how": "lognormal", "size_sigma": -0.1}, "size_sigma=-0.1"),
         ({"how": "lognormal", "size_sigma": float("nan")}, "size_sigma=nan"),
+        ({"seed": None}, "seed=None"),  # which NumPy would take for any seed
+        ({"num_clients": 2.5}, "num_clients=2.5"),
+        ({"labels": np.zeros((100, 2), int)}, "labels=array.*must be integers"),
+        ({"how": "writers", "writers": np.arange(101)}, r"writers=array.*must be integers \[100\]"),
     ],
 )
 def test_refusals(changes, says):

@@ -198,6 +198,54 @@ def test_fields_that_do_not_go_together_and_one_bad_lane():
     assert refusal(schemes.Warmup, 3).startswith("inner=3")
 
 
+@pytest.mark.parametrize(
+    ("make", "fields", "said"),
+    [
+        (
+            noisefl.Experiment,
+            {"cohort": optimizers.SGD()},
+            "cohort='sgd': must be a part of the kind Cohort",
+        ),
+        (
+            schemes.Noised,
+            {"calibrator": schemes.Bare()},
+            "calibrator='bare': must be a part of the kind Ca",
+        ),
+        (noisefl.measure.Standard, {"more": 3}, "more=3: must be several parts"),
+        (noisefl.measure.Standard, {"more": (3,)}, "more=3: must be a part"),
+        (
+            noisefl.measure.Standard,
+            {"more": [owner.ServerClients()]},
+            "more='server_clients': must be a part of",
+        ),
+        (server.Optax, {"numbers": 3}, "numbers=3: must be numbers by name"),
+        (server.Optax, {"numbers": {1: 2}}, "numbers={1: 2}: must be numbers by name"),
+        (server.Optax, {"factory": 3}, "factory=3: must be a function"),
+        (optimizers.Opaque, {"given": 3}, "given=3: must be an optax transformation"),
+        (noisefl.Cohort, {"groups": np.array(["half"])}, "groups=array"),
+        (calibrate.Fixed, {"cap": np.zeros(0)}, "cap=array"),
+        (calibrate.Fixed, {"cap": np.full((3, 20), 2.0)}, "cap=array"),  # several lines of repr
+        (calibrate.Fixed, {"cap": [0.5, [0.5]]}, "cap=[0.5, [0.5]]: must be a number"),
+        (calibrate.Fixed, {"cap": jax.random.key(0)}, "cap=Array"),
+        (
+            noisefl.Experiment,
+            {"channels": ((0.5,), (0.0,))},
+            "channels=((0.5,), (0.0,)): must be finite",
+        ),
+        (noisefl.Experiment, {"channels": 3}, "channels=3: must be means and deviations"),
+    ],
+)
+def test_what_is_no_part_of_its_kind_and_no_number(make, fields, said):
+    assert refusal(make, **fields).startswith(said)
+
+
+def test_a_part_of_ones_own_that_is_of_no_kind_may_stand_in():
+    """As the docstrings of `Cohort` and `Training` promise."""
+    mine = part(type("Mine", (Part,), {"__module__": "mine", "sizes": (1, 1)}))()
+    assert noisefl.Experiment(cohort=mine).cohort is mine  # pyright: ignore
+    assert "kind Calibrator" in refusal(schemes.Noised, calibrator=mine)
+
+
 def test_inside_a_program_nothing_is_checked_and_all_is_cast():
     def built(x):
         made = calibrate.Fixed(cap=x, cap_margin=2 * x).replace(strength=x.astype(jnp.int32))

@@ -67,7 +67,7 @@ def shown(terminal: bool, rounds: int, runs: int = 2, quiet: bool = False) -> st
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=120, quiet=quiet)
     with Progress(runs, 1, rounds, quiet, console) as bars:
-        bars.group(1, "lenet5, mnist", runs, 0)
+        bars.group(1, "lenet5, [/mnist]", runs, 0)  # no mark-up of rich's
         bars.batch(2, 0)
         for t in range(1, rounds + 1):
             bars.rounds(t, KINDS, columns(t))
@@ -89,6 +89,6 @@ def test_a_file_gets_a_line_now_and_then_and_the_last(monkeypatch):
     for runs, least in ((2, 15), (4, 4)):
         lines = shown(terminal=False, rounds=100, runs=runs).splitlines()
         assert least <= len(lines) <= 2 * least
-        assert "lenet5, mnist; compiling" in lines[0]
+        assert "lenet5, [/mnist]; compiling" in lines[0]
         assert "round 100/100: owner 0.900" in lines[-1]
     assert shown(terminal=False, rounds=3, quiet=True) == ""

@@ -185,6 +185,26 @@ def test_a_population_smaller_than_the_cohort_is_refused():
         jax.eval_shape(noisefl.step, fed.KEY, fed.start(), fed.federation((3,) * 3), fed.TINY)
 
 
+def test_labels_that_have_no_logit_are_refused():
+    """Outside of a program, where labels are known; else no image of theirs would ever be right."""
+    high = DATA.replace(validation_labels=DATA.validation_labels + 1)  # pyright: ignore
+    with pytest.raises(
+        ValueError, match=r"^model='.init, apply.': has logits of 4 .* labels up to 4$"
+    ):
+        noisefl.init(fed.KEY, fed.TINY, high)
+    with pytest.raises(ValueError, match=r"has logits of 4 classes"):
+        next(noisefl.simulate.run(fed.KEY, fed.TINY, high, rounds=1))
+
+
+@pytest.mark.parametrize("slot", [-1, 4, 1.5])
+def test_a_slot_that_there_is_not_is_refused(slot):
+    """JAX would count from the end, or take the last."""
+    state = fed.start()
+    _, info = fed.step(fed.KEY, state, DATA, fed.TINY)
+    with pytest.raises(ValueError, match=rf"^slot={slot}: must be a whole number, 0 to 3$"):
+        noisefl.received(fed.TINY, state, info, slot)
+
+
 @pytest.mark.parametrize("model", ["owner", "base"])
 def test_a_broken_model_is_flagged(model):
     """One infinite weight of G (through the server-side clients) or of W."""

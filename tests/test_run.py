@@ -110,6 +110,13 @@ def test_a_complete_run_prints_its_table_again_and_does_nothing(tiny, single, mo
     assert times(single) == before
 
 
+@pytest.mark.parametrize("text", ['{"rounds": 4}', '{"rounds": 4, "failed": 3}'])
+def test_a_damaged_summary_of_a_complete_run_is_one_line(tiny, copy, capsys, text):
+    (copy / "summary.json").write_text(text)
+    assert main(*tiny, f"--out={copy}") == 2
+    assert "its summary.json is damaged" in one_line(capsys)
+
+
 def test_more_rounds_equal_a_longer_run(tiny, single, tmp_path, calls):
     """Whatever else is asked now, a chunk is what it was."""
     out = tmp_path / "run"

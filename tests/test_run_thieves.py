@@ -1,6 +1,7 @@
 """Thieves at the end of runs by the driver: what they leave, and that no kill changes it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def single(tiny, tmp_path_factory) -> Path:
         small_runs.remember_programs(patch)
         assert main(*tiny, f"--out={folder}") == 0
     return folder
+
+
+def test_every_key_is_on_the_page_of_outputs(single):
+    described = set(re.findall(r"`(\w+)`", (small_runs.ROOT / "docs" / "outputs.md").read_text()))
+    lines = [(single / f"{name}.jsonl").read_text().splitlines() for name in ("metrics", "thieves")]
+    whole = [(single / f"{name}.json").read_text() for name in ("config", "summary", "timing")]
+    for text in [line for some in lines for line in some] + whole:
+        assert set(json.loads(text)) - described == set()
 
 
 def stolen(folder: Path) -> list[dict]:

@@ -110,6 +110,29 @@ def test_states_and_rows_are_restored_bitwise(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"4", "6", "batch.json"}
 
 
+@pytest.mark.parametrize("what", ["flipped", "gone"])
+def test_what_is_damaged_in_the_midst_of_numbers_is_refused(tmp_path, what):
+    """What is as large as a layer lies in a file of its own, of which orbax has no checksum."""
+    large = jax.random.normal(jax.random.key(0), (3, 40, 50))
+
+    def state(t: int) -> State:
+        put = mesh.put(large + t, mesh.over_lanes(mesh.make(devices=jax.devices()[:1])))
+        return states(t).replace(owner={"kernel": put})  # pyright: ignore[reportAttributeAccessIssue]
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state(2), columns(2))
+    file = max(filter(Path.is_file, tmp_path.glob("2/**/*")), key=lambda file: file.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw) if what == "flipped" else file.unlink()
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="is damaged") as said,
+    ):
+        checkpoints.restore(state(0))
+    assert len(str(said.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("what", ["other code", "empty", "half"])
 def test_what_cannot_be_restored_is_refused_in_a_line(tmp_path, what):
     with Checkpoints(tmp_path) as checkpoints:
@@ -299,8 +322,13 @@ def test_what_a_kill_leaves_is_tidied_up(tmp_path):
 
 def test_a_batch_that_is_not_ours_is_refused(tmp_path):
     with Store(tmp_path, False) as store:
-        for text in ("half", "[]", "{}"):
+        wrong = {"runs": [3], "lanes": None, "rounds_per_chunk": 0, "provenance": []}
+        texts = [json.dumps({**batch(A), name: value}) for name, value in wrong.items()]
+        for text in ("half", "[]", "{}", "[" * 100_000, *texts):
             store.batch("x").mkdir(parents=True, exist_ok=True)
             (store.batch("x") / "batch.json").write_text(text)
             with pytest.raises(ValueError, match=r"its batch\.json is not one of ours"):
                 store.open_batches()
+            with pytest.raises(ValueError, match=r"its batch\.json is not one of ours"):
+                store.claim(SWEEP)
+            assert not (tmp_path / "sweep.json").exists()

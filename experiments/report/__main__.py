@@ -1,10 +1,12 @@
 """`python -m experiments.report OUT`: the table and the pictures of a sweep, done or not.
 
-Writes report.csv, report.md, report.parquet and pictures into its folder. The folder of a single
-run gets the table of one line beside the picture that it has. Exit codes: 0 done, 2 bad input.
+Writes report.csv, report.md, report.parquet and pictures into its folder, with --html also
+report.html, which has them all in one file. The folder of a single run gets the table of one line
+beside the picture that it has. Exit codes: 0 done, 2 bad input.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,28 +14,36 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from experiments.report import figures, results, table, tensorboard
+from experiments.report import figures, page, results, table, tensorboard
 
-USAGE = "usage: python -m experiments.report OUT [--tensorboard=DIR]"
+USAGE = "usage: python -m experiments.report OUT [--html] [--tensorboard=DIR]"
 
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns the exit code."""
     values = flags.FlagValues()
     flags.DEFINE_string("tensorboard", "", "folder for event files", flag_values=values)
+    flags.DEFINE_bool("html", False, "one page with everything in it", flag_values=values)
     values.set_gnu_getopt()  # flags may follow the folder
     try:
         folders = values(argv)[1:]
         if len(folders) != 1:
             raise ValueError(USAGE)
-        return report(Path(folders[0]), str(values["tensorboard"].value))
+        command = shlex.join(["python", "-m", "experiments.report", *argv[1:]])
+        wanted = command if values["html"].value else ""
+        return report(Path(folders[0]), str(values["tensorboard"].value), wanted)
     except (ValueError, OSError, flags.Error) as error:
         print("experiments.report:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
-def report(folder: Path, event_folder: str = "") -> int:
+def report(folder: Path, event_folder: str = "", command: str = "") -> int:
     """Writes all that there is to write, and prints the table.
+
+    Args:
+      folder: of a sweep or of a run.
+      event_folder: for event files, if there are to be any.
+      command: the command line that asks for report.html, if there is to be one.
 
     Raises:
       ValueError: the folder holds no sweep and no run, a run in it is damaged, or event files are
@@ -54,6 +64,10 @@ def report(folder: Path, event_folder: str = "") -> int:
             writers[name] = lambda new, figure=figure: figure.savefig(new, format="png")
         else:  # nothing to draw; nor must an older grid's picture stay
             (folder / name).unlink(missing_ok=True)
+    if command:  # last: it has the pictures in it
+        writers["report.html"] = lambda new: new.write_text(
+            page.of_sweep(sweep, found, command), "utf-8"
+        )
     for name, write in writers.items():
         replace(folder / name, write)
     written = list(writers)

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from experiments.report import shares
 from experiments.report.figure1 import BLACK, GREY, SIZES, blank
 from noisefl import protection
 from noisefl.errors import refuse
@@ -43,15 +44,47 @@ SEEN = {
 # Okabe and Ito's palette and markers: told apart by colour-blind readers, and in grey.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X<>hd"
+NOTE = (
+    "Owner O, best thief T of a view and scratch S on test, in %. λ = (T − S) / (O − S): 0 is "
+    "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal, "
+    "and where a run broke down, so that there is no O. "
+    "Intervals are 95 %, bootstrapped over paired seeds; of one seed there is none. Thieves "
+    "choose their numbers on held-out data of their own."
+)
+BY_THIEF = "λ of each thief in the smallest view that it needs"
 
 
-def write(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[str, str]) -> list:
+class Setting(NamedTuple):
+    """The tables of one data set, model, partition, population and split of the server's.
+
+    Attributes:
+      name: of it all, but for the server's images.
+      controls: a sentence about FedAvg and the server alone.
+      by_view: the cells of a table, its headings first: a line a scheme and strength.
+      by_thief: likewise, a line a thief and view.
+    """
+
+    name: str
+    controls: str
+    by_view: list[list[str]]
+    by_thief: list[list[str]]
+
+
+# What makes a page of a folder, all rows, the tables, and the pictures by the name of their file.
+Page = Callable[[Path, Frame, Sequence[Setting], Mapping[str, Figure]], str]
+
+
+def write(
+    folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[str, str],
+    page: Page | None = None,
+) -> list:  # fmt: skip
     """Writes frontier.csv, .parquet, .md and pictures; returns all rows as JSON values.
 
     Args:
       folder: of a sweep whose runs are complete.
       curves: the name of a curve and its strength, by the path of a run.
       strengths: the flag of each curve.
+      page: of frontier.html, if there is to be one.
 
     Raises:
       ValueError: no run of the folder has anything about thieves.
@@ -59,18 +92,21 @@ def write(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[s
     found = rows(folder, curves, strengths)
     if not found:
         raise refuse("out", str(folder), "holds no run with thieves")
-    publish(folder, pd.DataFrame(found))
+    publish(folder, pd.DataFrame(found), page)
     return found
 
 
-def publish(folder: Path, frame: Frame) -> None:
+def publish(folder: Path, frame: Frame, page: Page | None = None) -> None:
     """Writes the files of `write`."""
     frame.to_csv(folder / "frontier.csv", index=False)
     frame.to_parquet(folder / "frontier.parquet", index=False)
     best = best_thieves(frame)
-    (folder / "frontier.md").write_text(markdown(frame, best), "utf-8")
-    for name, figure in pictures(best).items():
+    found, drawn = settings(frame, best), pictures(best)
+    (folder / "frontier.md").write_text(_text(found), "utf-8")
+    for name, figure in drawn.items():
         figure.savefig(folder / name, format="png")
+    if page is not None:
+        (folder / "frontier.html").write_text(page(folder, frame, found, drawn), "utf-8")
 
 
 def merged(files: Sequence[str]) -> Frame:
@@ -251,35 +287,41 @@ def _key(accuracy: float) -> float:
 
 def markdown(frame: Frame, best: Frame) -> str:
     """Both tables, setting by setting."""
-    lines = [
-        "# The frontier", "",
-        "Owner O, best thief T of a view and scratch S on test, in %. λ = (T − S) / (O − S): 0 is "
-        "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal, "
-        "and where a run broke down, so that there is no O. "
-        "Intervals are 95 %, bootstrapped over paired seeds; of one seed there is none. Thieves "
-        "choose their numbers on held-out data of their own.", "",
-    ]  # fmt: skip
-    for setting, group in best.groupby(SETTING, sort=False):
-        most = group.sort_values("seeds", kind="stable").iloc[-1]
-        of = (frame[SETTING] == list(setting)).all(axis=1)
-        dataset, model, partition, clients, images = setting
+    return _text(settings(frame, best))
+
+
+def _text(found: Sequence[Setting]) -> str:
+    lines = ["# The frontier", "", NOTE, ""]
+    for one in found:
         lines += [
-            f"## {dataset}, {model}, {partition}, K = {clients}, "
-            f"{_counted(most['seeds'], 'seed')}", "",
-            f"FedAvg {_percent(most['fedavg'])}; the server alone, on its {images} images, "
-            f"{_percent(most['server_alone'])}.", "",
-            *_by_view(group), "", "λ of each thief in the smallest view that it needs:", "",
-            *_by_thief(frame[of]), "",
+            f"## {one.name}", "", one.controls, "", *_lines(one.by_view), "", f"{BY_THIEF}:", "",
+            *_lines(one.by_thief), "",
         ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _by_view(group: Frame) -> list[str]:
+def settings(frame: Frame, best: Frame) -> list[Setting]:
+    """Both tables of each setting."""
+    found = []
+    for setting, group in best.groupby(SETTING, sort=False):
+        most = group.sort_values("seeds", kind="stable").iloc[-1]
+        of = (frame[SETTING] == list(setting)).all(axis=1)
+        dataset, model, partition, clients, images = setting
+        found.append(Setting(
+            f"{dataset}, {model}, {partition}, K = {clients}, {_counted(most['seeds'], 'seed')}",
+            f"FedAvg {_percent(most['fedavg'])}; the server alone, on its {images} images, "
+            f"{_percent(most['server_alone'])}.",
+            _by_view(group), _by_thief(frame[of]),
+        ))  # fmt: skip
+    return found
+
+
+def _by_view(group: Frame) -> list[list[str]]:
     views = list(dict.fromkeys(zip(group["view"], group["members"], strict=True)))
     most = group["seeds"].max()
     heads = ["scheme", "strength", "O", "copy", "kB a copy", "calibration / training"]
     heads += [f"{view}{f', {c}' if c > 1 else ''}: S, T, λ" for view, c in views]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [heads]
     for (scheme, strength), some in group.groupby(["scheme", "strength"], sort=False, dropna=False):
         first = some.iloc[0]
         broke = f" ({first['failed']} of {first['seeds']} broke down)" if first["failed"] else ""
@@ -297,19 +339,18 @@ def _by_view(group: Frame) -> list[str]:
                 f"{_percent(one['scratch'])}, {_percent(one['thief_accuracy'])} "
                 f"({one['thief'].replace('_', ' ')}), {_ratio(one)}"
             )
-        lines.append(_line(cells))
+        lines.append(cells)
     return lines
 
 
-def _by_thief(frame: Frame) -> list[str]:
+def _by_thief(frame: Frame) -> list[list[str]]:
     """Thieves in rows, schemes in columns; of each scheme its middle strength."""
     schemes = list(dict.fromkeys(frame["scheme"]))
     middle = {}
     for scheme in schemes:
         strengths = list(dict.fromkeys(frame[frame["scheme"] == scheme]["strength"]))
         middle[scheme] = strengths[len(strengths) // 2]
-    heads = ["thief", "view", *(f"{s} {_shown(middle[s])}".strip() for s in schemes)]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [["thief", "view", *(f"{s} {_shown(middle[s])}".strip() for s in schemes)]]
     for (view, members, thief), some in frame.groupby([*VIEW, "thief"], sort=True):
         cells = [thief.replace("_", " "), view + (f", {members}" if members > 1 else "")]
         for scheme in schemes:
@@ -324,7 +365,7 @@ def _by_thief(frame: Frame) -> list[str]:
             cells.append("" if stolen is None else _ratio({
                 "lambda": stolen.value, "lambda_low": stolen.low, "lambda_high": stolen.high
             }))  # fmt: skip
-        lines.append(_line(cells))
+        lines.append(cells)
     return lines
 
 
@@ -356,14 +397,16 @@ def _ratio(one: Any) -> str:
     return f"{one['lambda']:.2f} [{one['lambda_low']:.2f}, {one['lambda_high']:.2f}]"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Of Markdown's table, from its headings and cells."""
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 @matplotlib.rc_context(SIZES)
 def pictures(best: Frame) -> dict[str, Figure]:
-    """One for each data set, model and population: owner against best thief, a panel a partition
-    and view."""
+    """Two for each data set, model and population: owner against best thief, a panel a partition
+    and view; and `shares.picture`."""
     found = {}
     schemes = [name for name in dict.fromkeys(best["scheme"]) if name != "none"]
     looks: dict[str, dict[str, Any]] = {
@@ -378,6 +421,10 @@ def pictures(best: Frame) -> dict[str, Figure]:
         views = list(of.groupby("view", sort=True)["members"].max().items())
         partitions = list(dict.fromkeys(of["partition"]))
         figure = blank(1.2 + 2.5 * len(views), 1.3 + 2.3 * len(partitions), 150)
+        figure.set_label(
+            f"{said['dataset']}, {said['model']}, K = {said['num_clients']}, "
+            f"{said['server_images']} images at the server"
+        )
         axes = figure.subplots(len(partitions), len(views), squeeze=False, sharey="row")
         for row, partition in enumerate(partitions):
             for column, (view, members) in enumerate(views):
@@ -403,8 +450,11 @@ def pictures(best: Frame) -> dict[str, Figure]:
             handles.append(
                 Line2D([], [], color=GREY, ls="", marker="o", mfc="white", label=of_rest)
             )
-        figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
-        found[f"frontier-{'-'.join(str(said[n]).replace('/', '_') for n in told)}.png"] = figure
+        wide = min(5, 1 + len(views))
+        figure.legend(handles=handles, loc="outside upper center", ncols=wide, frameon=False)
+        name = "-".join(str(said[n]).replace("/", "_") for n in told)
+        found[f"frontier-{name}.png"] = figure
+        found[f"shares-{name}.png"] = shares.picture(of, f"λ of {figure.get_label()}")
     return found
 
 

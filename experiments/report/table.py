@@ -102,10 +102,10 @@ def failures(sweep: Sweep) -> list[str]:
 
 def markdown(sweep: Sweep, table: Frame) -> str:
     """The report."""
-    headings, cells = _cells(sweep, table)
+    headings, entries = cells(sweep, table)
     parts = [counts(sweep)]
-    if cells:
-        lines = [headings, ["---"] * len(headings), *cells]
+    if entries:
+        lines = [headings, ["---"] * len(headings), *entries]
         texts = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
         parts += ["\n".join(f"| {text} |" for text in texts), NOTE]
     if failed := failures(sweep):
@@ -123,7 +123,7 @@ def show(console: Console, sweep: Sweep, table: Frame) -> None:
         title=counts(sweep), title_justify="left", caption=NOTE, caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    headings, lines = _cells(sweep, table[:MOST_LINES])
+    headings, lines = cells(sweep, table[:MOST_LINES])
     kept = [at for at, heading in enumerate(headings) if heading not in NOT_ON_TERMINAL]
     flags = headings.index("cap")  # stand before it
     for at in kept:
@@ -141,7 +141,7 @@ def show(console: Console, sweep: Sweep, table: Frame) -> None:
         console.print(f"The first {MOST_LINES} of {len(table)} lines; report.md has all.")
 
 
-def _cells(sweep: Sweep, table: Frame) -> tuple[list[str], list[list[str]]]:
+def cells(sweep: Sweep, table: Frame) -> tuple[list[str], list[list[str]]]:
     """Headings and cells. The cap stands beside the owner's accuracy, in the grid or not."""
     flags = [flag for flag in sweep.flags if last_part(flag) != "cap"]
     headings = [

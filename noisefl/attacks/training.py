@@ -82,7 +82,7 @@ class Training(Attack):
 
 
 def labelled(own: Own, public: Public) -> Objective:
-    """Mean cross-entropy of a model, as in training, on own images and labels."""
+    """Mean cross-entropy of a model, as in training, on own images and labels, float32 []."""
 
     def objective(params: Params, positions: jax.Array, key: jax.Array) -> jax.Array:
         rows = own.rows[positions]

@@ -255,7 +255,10 @@ class Search(Calibrator):
         return jnp.float32(jnp.nan)
 
     def warm_start(self, carry: jax.Array, factor: float = 1.0) -> jax.Array:
-        """`factor` times the strength of the round before, at most σ_max; σ0 before the first."""
+        """`factor` times the strength of the round before, at most σ_max; σ0 before the first.
+
+        Float32 [], as the carry is.
+        """
         before = jnp.minimum(factor * carry, self.strength_max)
         return jnp.where(carry > 0, before, jnp.float32(self.strength))
 

@@ -26,7 +26,7 @@ class Tested(Search):
 
     Accuracy is that on new images with classes as frequent as in the judging split. Where the
     split's labels are themselves a small sample, their frequencies are off by chance, which δ does
-    not cover: N = 2,000 is too few, 10,000 are enough (BUILD_NOTES.md). Without `stratified` it is
+    not cover (BUILD_NOTES.md): a few thousand are too few for δ = 1 %. Without `stratified` it is
     the accuracy on new images and labels, for any N, and twice the images are needed.
     """
 
@@ -60,7 +60,7 @@ class Tested(Search):
         return dealt.slice(0, number), dealt.slice(number)
 
     def remembered(self, decision: Decision, carry: jax.Array) -> jax.Array:
-        """The carry after a round: the strength that passed, if there was noise."""
+        """The carry after a round, float32 []: the strength that passed, if there was noise."""
         noisy = decision.feasible & (decision.strength > 0)
         return jnp.where(noisy, decision.strength, carry)
 

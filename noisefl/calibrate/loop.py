@@ -55,7 +55,7 @@ class Loop(Search):
         return ()
 
     def raised(self, strength: jax.Array) -> jax.Array:
-        """The strength of the next try."""
+        """The strength of the next try, float32 [], after one of `strength`."""
         raise NotImplementedError
 
     def climb(

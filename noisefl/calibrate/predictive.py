@@ -67,7 +67,7 @@ class Predictive(Tested):
     """Foretells the strength at which the best copy is somewhat below the aim, and verifies it.
 
     Of several draws it takes the one that needs least: one draw at whatever strength it needs broke
-    models down (BUILD_NOTES.md). A secant counts within its grid where the copies are a pair whose
+    models down (docs/results.md). A secant counts within its grid where the copies are a pair whose
     logits are linear, else near its own strength; a new one is laid there if not. Where the bare
     base is on target on the scouts, it is the first to be verified, and a single secant of each
     draw has to do for what comes after it.

@@ -17,7 +17,7 @@ class Sequential(Tested):
 
     Where the bare base is at or under the aim on the scouts, it is the first to be tested. Fresh
     draws find those that degrade all copies at little strength. Raising one draw until it does,
-    however strong that is, broke models down, and so did steps of 1.2 (BUILD_NOTES.md).
+    however strong that is, broke models down, and so did steps of 1.2 (docs/results.md).
 
     Guarantee: as `Tested`. The scouts are none of the images that it tests on.
     """

@@ -35,8 +35,9 @@ def start() -> Wager:
 
 
 def share_of_error(attempt: jax.Array) -> jax.Array:
-    """Part of the round's error rate that attempt j = 1, 2, … may spend; they sum to 1.
+    """Part of the round's error rate that attempt j = 1, 2, …, int32 [], may spend: float32 [].
 
+    They sum to 1.
     Three quarters for the first, which with `predictive` is usually the last.
     """
     j = attempt.astype(jnp.float32)

@@ -2,10 +2,11 @@
 
 from flax import linen as nn
 
-from noisefl.errors import nearest, refuse
+from noisefl.errors import nearest, refuse, whole
 from noisefl.models.convolution import Geometry as Geometry
 from noisefl.models.convolution import convolve as convolve
 from noisefl.models.functions import Functions as Functions
+from noisefl.models.functions import check_channels as check_channels
 from noisefl.models.functions import functions as functions
 from noisefl.models.functions import with_leaves as with_leaves
 from noisefl.models.lenet import LeNet5 as LeNet5
@@ -40,6 +41,8 @@ def by_name(name: str, num_classes: int) -> nn.Module:
     Raises:
       ValueError: an unknown name.
     """
-    if name not in MODELS:
-        raise refuse("model", name, nearest(name, list(MODELS)))
+    if not (isinstance(name, str) and name in MODELS):
+        raise refuse("model", name, nearest(str(name), list(MODELS)))
+    allowed = "must be a whole number, at least 1"
+    num_classes = whole("num_classes", num_classes, 1, 2**31 - 1, allowed)
     return MODELS[name](num_classes=num_classes)  # pyright: ignore[reportCallIssue]

@@ -48,6 +48,8 @@ def by_patches(
 ) -> jax.Array:
     """Convolution without padding as one matrix product of patches.
 
+    Of images [B, H, W, Ch] and a kernel [h, w, Ch / groups, F]: [B, H', W', F].
+
     All shifts of the images side by side: their gradient is one sum. Of windows that do not overlap
     there are none: the images are cut into blocks.
     """
@@ -94,6 +96,8 @@ def _grouped(images: jax.Array, kernel: jax.Array, precision: str, at: Geometry)
 def by_strips(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
     """`by_patches` for a forward pass alone: the same, in h + w copies for XLA to compile.
 
+    Of images [B, H, W, Ch] and a kernel [h, w, Ch, F].
+
     A window is cut column by column, and then row by row out of what that gave.
     """
     across = jnp.concatenate(_along(images, 2, kernel.shape[1]), axis=-1)
@@ -110,6 +114,8 @@ def _along(images: jax.Array, axis: int, size: int) -> list[jax.Array]:
 
 def by_windows(images: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
     """Convolution without padding and 2 × 2 max pooling of it, as one matrix product of patches.
+
+    Of images [B, H, W, Ch] and a kernel [h, h, Ch, F].
 
     The four places of a pooling window share a patch one pixel wider than the kernel, which then
     has four columns of each feature: a quarter of the patches, and 36 / 25 of the products of a
@@ -162,14 +168,14 @@ _top.defvjp(_top_forward, _top_backward)
 def by_lax(
     images: jax.Array, kernel: jax.Array, precision: str, at: Geometry = EVERYWHERE
 ) -> jax.Array:
-    """`xla`; of many kernels side by side under vmap, `by_patches`."""
+    """`xla`; of many kernels [h, w, Ch, F] side by side under vmap, `by_patches`."""
     return _lax(precision, at)(images, kernel)
 
 
 def xla(
     images: jax.Array, kernel: jax.Array, precision: str, at: Geometry = EVERYWHERE
 ) -> jax.Array:
-    """Convolution without padding as XLA has it."""
+    """Convolution of images [B, H, W, Ch] without padding as XLA has it."""
     highest = lax.Precision.HIGHEST if precision == "float32" else None
     if precision == "bfloat16":
         images, kernel = images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)

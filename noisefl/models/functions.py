@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ class Functions(NamedTuple):
 
 
 def with_leaves(params: Params, others: dict[Path, jax.Array]) -> Params:
-    """The parameters with others in some places."""
+    """The parameters with others, [...] of the same shapes, in some places."""
     return unflatten_dict({**flatten_dict(params), **others}) if others else params
 
 
@@ -113,6 +114,10 @@ def functions(
     Raises:
       ValueError: it is none of them, or has state that is no running statistics.
     """
+    if not isinstance(lowering, Lowering | None):
+        raise refuse("lowering", lowering, "must be a noisefl.models.Lowering, or None")
+    if channels is not None:
+        check_channels(channels)
     try:
         return _functions(model, lowering or Lowering(), channels)
     except TypeError as error:  # a module with a field that is
@@ -138,10 +143,58 @@ def _functions(model: Model, lowering: Lowering, channels: Channels | None) -> F
 
     @functools.lru_cache(maxsize=8)
     def shapes(image_shape: Shape) -> Params:
-        own.check(image_shape)
-        return jax.eval_shape(lambda key: own.init(key, image_shape), jax.random.key(0))
+        return _checked(own, image_shape)
 
     return Functions(own, lowering, program_of(own.apply), program_of(own.train), shapes)
+
+
+def check_channels(channels: Any) -> None:
+    """Raises ValueError where it is not means and deviations, of as many channels."""
+    both = isinstance(channels, tuple) and len(channels) == 2
+    if not both or not all(isinstance(numbers, tuple) for numbers in channels):
+        raise refuse("channels", channels, "must be means and deviations, a tuple of each")
+    means, deviations = channels
+    finite = all(isinstance(n, Real) and np.isfinite(float(n)) for n in (*means, *deviations))
+    if not (finite and len(means) == len(deviations) > 0 and min(deviations) > 0):
+        allowed = "must be finite, as many means as deviations, and these above 0"
+        raise refuse("channels", channels, allowed)
+
+
+def _checked(model: Written, image_shape: Shape) -> Params:
+    """The shapes of a model's parameters.
+
+    Raises:
+      ValueError: it does not take such images, or what it holds or returns is no parameters and no
+        logits.
+    """
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    try:
+        model.check(image_shape)
+        params = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+        logits = jax.eval_shape(model.apply, params, images)
+        statistics = set(model.state_of(params)) if isinstance(params, dict) else set()
+    except Exception as error:  # a model of yours may raise anything
+        said = str(error).strip().partition("\n")[0]
+        if isinstance(error, ValueError) and said.startswith("model="):
+            raise
+        said = f"{type(error).__name__}: {said}"[:200]
+        allowed = f"does not take images of shape {image_shape} ({said})"
+        raise refuse("model", model.name, allowed) from error
+    flat: Any = flatten_dict(params) if isinstance(params, dict) else {}
+    named = all(isinstance(name, str) for path in flat for name in path)
+    if not flat or not named or not all(
+        isinstance(leaf, jax.ShapeDtypeStruct)
+        and (jnp.issubdtype(leaf.dtype, jnp.floating) or path in statistics)
+        for path, leaf in flat.items()
+    ):  # fmt: skip
+        allowed = "must have parameters: a dict of dicts, by names, of arrays of floats"
+        raise refuse("model", model.name, allowed)
+    array = isinstance(logits, jax.ShapeDtypeStruct) and jnp.issubdtype(logits.dtype, jnp.floating)
+    if not array or len(logits.shape) != 2 or logits.shape[0] != 2 or not logits.shape[1]:
+        found = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", logits)
+        allowed = f"must return logits alone, floats [B, C], and returns {found} of two images"
+        raise refuse("model", model.name, allowed)
+    return params
 
 
 def _normalised(model: Written, channels: Channels) -> Written:

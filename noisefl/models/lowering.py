@@ -42,8 +42,10 @@ class Lowering:
     def __post_init__(self):
         for name, choices in LOWERINGS.items():
             value = getattr(self, name)
-            if value not in choices:
+            if not (isinstance(value, str) and value in choices):
                 raise refuse(name, value, nearest(str(value), choices))
+        if self.target is not None and not isinstance(self.target, str):
+            raise refuse("target", self.target, "must be a platform, or None")
         if self.conv == "winograd" and self.precision == "bfloat16":
             raise refuse("conv", self.conv, "needs float32: it would amplify the rounding")
 

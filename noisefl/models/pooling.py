@@ -14,6 +14,7 @@ from noisefl.models.lowering import Lowering
 
 
 def blocks_of(x: jax.Array) -> jax.Array:
+    """Of [B, H, W, Ch] the 2 × 2 blocks: [B, H // 2, 2, W // 2, 2, Ch]."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels)

@@ -194,7 +194,10 @@ class Program(NamedTuple):
         self, params: Params, inputs: Sequence[jax.Array], lowering: Lowering,
         values: Sequence[Value] | None = None, given: dict[int, jax.Array] | None = None,
     ) -> list[jax.Array]:  # fmt: skip
-        """What it returns, or other values; from the inputs, or from values that are given."""
+        """What it returns, or other values; from the inputs, or from values that are given.
+
+        Arrays [...] of any shapes, those that it was traced for.
+        """
         known: dict[int, Any] = dict(enumerate([*jax.tree.leaves(params), *inputs]))
         known = {**self.constants, **known, **(given or {})}
         outs = list(self.outs if values is None else values)

@@ -125,7 +125,11 @@ def _of_nnx(model: Any, name: str) -> Written:
     def made(key: jax.Array) -> tuple[Any, Any]:
         return nnx.split(model if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(key)))
 
-    graph, state = jax.eval_shape(made, jax.random.key(0))
+    try:
+        graph, state = jax.eval_shape(made, jax.random.key(0))
+    except Exception as error:  # a model of yours may raise anything
+        said = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise refuse("model", name, f"cannot be made with rngs alone ({said})") from error
     variables = list(nnx.to_flat_state(state))
     names = {path: tuple(map(str, path)) for path, _ in variables}
     statistics = {names[path] for path, each in variables if isinstance(each, nnx.BatchStat)}

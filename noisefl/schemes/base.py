@@ -277,6 +277,7 @@ class Calibrated(Scheme):
         told: on the round, on who takes part, or on what it remembers.
 
         Args:
+          draw: of a key [].
           carry: of the calibrator.
         """
         copies = Copies(

@@ -149,8 +149,8 @@ class Noised(Calibrated):
     *Damping.* What a layer below the noise learns comes back through it, √(1 + r²) times as large
     as without, r = (RMS of ξ) / (RMS of the noised parameters), so that steps that are stable
     without noise may be too large; damping 1 divides them by that. Through several noised layers
-    the factors multiply, and more is needed. Where r is 0 nothing is damped (BUILD_NOTES.md,
-    "Stability").
+    the factors multiply, and more is needed. Where r is 0 nothing is damped
+    (docs/results.md, "Stability").
 
     Attributes:
       common_draws: D; the clients of a group have them in turn.

@@ -87,7 +87,7 @@ class OwnClasses(Scheme):
         least = jnp.maximum(self.least_share * members.counts, 1)[:, None]
         paths = self.touched(judge.model, judge.image_shape)
         given, owned = (
-            dict.fromkeys(paths, jnp.float32(members.classes >= bound)) for bound in (least, 1)
+            {path: jnp.float32(members.classes >= bound) for path in paths} for bound in (least, 1)
         )
         flat: dict[Path, Any] = flatten_dict(base)  # pyright: ignore
         away = sum(jnp.sum(jnp.square(flat[path] * (1 - mask[0]))) for path, mask in given.items())

@@ -103,7 +103,7 @@ class SubModel(Calibrated):
         return issue, (sticky, carry)
 
     def held(self, base: Params, draw: Units, strength: jax.Array, variant: jax.Array) -> Params:
-        """float32, of the shapes of W: 1 where copy v holds it, else 0."""
+        """float32 [...] of the shapes of W: 1 where copy v, int32 [], holds it, else 0."""
         flat: dict[Path, jax.Array] = flatten_dict(base)  # pyright: ignore
         masks = {path: jnp.ones_like(leaf) for path, leaf in flat.items()}
         for place, (layer, above) in enumerate(itertools.pairwise(draw.chain)):

@@ -28,7 +28,8 @@ class Withheld(Scheme):
     That is training from W itself, as it is here, with a model at the server for each client
     while it works; both parts are averaged in the end. What a client keeps is the trunk
     that it trained. What passes between the two in a step is not in a thief's view; answers of the
-    server's part are what SFL-MEA steals from.
+    server's part are what SFL-MEA steals from. A warm-up round would give the head away: layers
+    below learn to be read by it as it was initialised (`Warmup(…, warmup_rounds=0)`).
 
     Attributes:
       withheld_layers: how many layers, from the last one called.
