@@ -146,19 +146,26 @@ def report(command: CommandLine, runs: int) -> int:
     """Says what the folder holds; of a single run its table, and 3 if one of its two broke down."""
     if not hosts.first():
         return 0
-    console, out = Console(highlight=False), command.out
+    console, out = Console(highlight=False, markup=False), command.out
     if not command.single:
         console.print(f"{out} holds {runs} runs", soft_wrap=True)
         line = f"tables and pictures: python -m experiments.report {shlex.quote(out)}"
         console.print(line, soft_wrap=True)
         return 0
-    summary = json.loads((Path(out) / "summary.json").read_text())
-    console.print(table(summary, command.driver.seed, out))
+    try:
+        summary = json.loads((Path(out) / "summary.json").read_text())
+        shown = table(summary, command.driver.seed, out)
+        failed = summary["failed"] or summary.get("baseline_failed")
+        cause = str(failed["cause"]) if failed else ""
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        allowed = f"its summary.json is damaged ({error!r}); remove it, and give the command again"
+        raise refuse("out", out, allowed) from None
+    console.print(shown)
     stolen = "thieves.jsonl, " if "thieves" in summary else ""
     files = f"config.json, metrics.jsonl, {stolen}summary.json, figure1.png"
     console.print(f"{out} holds {files}", soft_wrap=True)
-    if failed := summary["failed"] or summary.get("baseline_failed"):
-        complain(failed["cause"])
+    if failed:
+        complain(cause)
         return 3
     return 0
 

@@ -4,16 +4,24 @@ A process may be killed at any moment. So a file is replaced in one step, and th
 the rows up to them are one commit of orbax's: what is found again is always a round that was.
 """
 
+import contextlib
+import gc
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from noisefl import mesh
 from noisefl.errors import refuse
 
 try:
@@ -61,10 +69,11 @@ class Checkpoints:
           rows: arrays [L, t] by name.
         """
         tree = {"states": states, "rows": dict(rows)}
+        tree["sums"] = mesh.put(_sums(tree), _sharding(states))
         self._manager.save(round_number, args=ocp.args.StandardSave(tree), force=True)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """The newest (states, rows).
+        """The newest (states [L, ...], rows [L, t]).
 
         Args:
           like: states of the same structure, on the devices where all is to be.
@@ -72,21 +81,67 @@ class Checkpoints:
         Raises:
           ValueError: it is damaged, or of another structure.
         """
+        with _quietly():
+            problem, found = self._found(like)
+            gc.collect()
+        if problem:
+            allowed = f"its state of round {self.round} is damaged or of other code ({problem})"
+            raise refuse("out", str(self.path), allowed)
+        return found["states"], found["rows"]
+
+    def _found(self, like: Any) -> tuple[str, Any]:
+        """What is wrong with the newest, if anything, and what it holds."""
         try:
-            sharding = jax.tree.leaves(like)[0].sharding
+            sharding = _sharding(like)
 
             def shape(x: Any) -> jax.ShapeDtypeStruct:
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
             there: Any = self._manager.item_metadata(self.round)
-            rows = {name: shape(column) for name, column in there["rows"].items()}
-            wanted = {"states": jax.tree.map(shape, like), "rows": rows}
-            found = self._manager.restore(self.round, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            said = str(error).strip().partition("\n")[0][:200]
-            allowed = f"its state of round {self.round} is damaged or of other code ({said})"
-            raise refuse("out", str(self.path), allowed) from None
-        return found["states"], found["rows"]
+            wanted = {"states": jax.tree.map(shape, like)}
+            for name in ("rows", "sums"):
+                wanted[name] = jax.tree.map(shape, there[name])
+            found: Any = self._manager.restore(self.round, args=ocp.args.StandardRestore(wanted))
+            sums = mesh.own(found.pop("sums"))
+            return "" if np.array_equal(_sums(found), sums) else "its checksum is another", found
+        except Exception as error:  # of orbax and tensorstore, which have many kinds
+            said = str(error.__cause__ or error).strip().partition("\n")[0]
+            return said[:200] or type(error).__name__, None
+
+
+def _sharding(states: Any) -> Any:
+    return jax.tree.leaves(states)[0].sharding
+
+
+def _sums(tree: Any) -> np.ndarray:
+    """uint32 [l]: a checksum of each lane of this process.
+
+    Neither orbax nor what it compresses with has one: a flipped bit would be another state.
+    """
+
+    def plain(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mesh.own(jax.tree.map(plain, tree)))]
+    sums = np.zeros(len(leaves[0]), np.uint32)
+    for leaf in leaves:
+        sums[:] = [zlib.crc32(own.tobytes(), int(sum)) for own, sum in zip(leaf, sums, strict=True)]
+    return sums
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what orbax logs of files that it cannot read, and without the pages that those of its
+    readers write that are left behind, where one of them failed, when they are collected."""
+    hook, level = sys.unraisablehook, logging.root.manager.disable
+    sys.unraisablehook = lambda _: None
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logging.disable(level)
 
 
 def lock(folder: Path) -> int | None:
@@ -100,8 +155,9 @@ def lock(folder: Path) -> int | None:
         probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise refuse("out", str(folder), f"is not writable ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        why = getattr(error, "strerror", None) or error
+        raise refuse("out", str(folder), f"is not writable ({why})") from None
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)

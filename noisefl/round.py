@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.core import Tracer
 
@@ -84,7 +85,7 @@ def check_labels(experiment: Experiment, data: Federation) -> None:
     every = data.train_labels, data.validation_labels, data.test_labels
     if any(isinstance(labels, Tracer) for labels in every):
         return
-    classes, largest = model.classes(data.image_shape), max(int(jnp.max(x)) for x in every)
+    classes, largest = model.classes(data.image_shape), max(int(np.asarray(x).max()) for x in every)
     if largest >= classes:
         allowed = f"has logits of {classes} classes, and there are labels up to {largest}"
         raise refuse("model", model.name, allowed)

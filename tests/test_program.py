@@ -38,8 +38,8 @@ class Backwards(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(2, (3, 3), name="z_conv")(x)
-        x = nn.LayerNorm(name="y_norm")(x)
+        x = nn.Conv(6, (3, 3), name="z_conv")(x)
+        x = nn.LayerNorm(name="y_norm")(x)  # of two channels it would magnify rounding a lot
         x = nn.Conv(2, (3, 3), use_bias=False, name="x_conv")(x).reshape(x.shape[0], -1)
         x = Inner(name="m_inner")(x)
         shared = nn.Dense(4, name="b_shared")

@@ -120,7 +120,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 RIVALS = {
     *(schemes.Released, schemes.FewWeights, schemes.Quantised),
-    *(schemes.SubModel, schemes.Withheld, schemes.Statistics),
+    *(schemes.SubModel, schemes.OwnClasses, schemes.Withheld, schemes.Statistics),
 }
 
 # Seeds other than 0, where 0 would not show it.

@@ -176,6 +176,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         (True, "sweep.json", "{}", "holds a sweep; give another --out"),
         (True, "config.json", "half", "its config.json is not one of ours"),
         (True, "config.json", "[]", "its config.json is not one of ours"),
+        (True, "config.json", '{"options": {}, "runs": {"a": NaN}}', "is not one of ours"),
         (True, "config.json", '{"options": {}}', "its config.json is not one of ours"),
         (False, "metrics.jsonl", "", "holds other files of ours, but no sweep.json"),
         (False, "config.json", "{}", "holds a single run; give another --out"),

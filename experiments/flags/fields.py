@@ -7,11 +7,8 @@ included.
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +18,17 @@ from flax import linen as nn
 
 from noisefl.errors import nearest, refuse
 from noisefl.models import MODELS
-from noisefl.parts import LARGEST, Part, Spec, defaults, implementations, name_of, specs, walk
+from noisefl.parts import (
+    LARGEST,
+    Part,
+    Spec,
+    defaults,
+    implementations,
+    kind_of,
+    name_of,
+    specs,
+    walk,
+)  # fmt: skip
 
 Path = tuple[str, ...]
 VALUES = ("number", "count", "size", "choice", "text", "switch")  # kinds of fields that are flags
@@ -108,18 +115,6 @@ class Flag:
 def is_wrapper(cls: type) -> bool:
     """It holds another part of its own kind."""
     return "inner" in specs(cls)
-
-
-@functools.cache
-def kind_of(owner: type, name: str) -> type:
-    """The base class of what a child field may hold, from its annotation."""
-    hint = typing.get_type_hints(owner)[name]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(one for one in typing.get_args(hint) if one is not type(None))
-    for cls in hint.__mro__:  # `optimizer: SGD` still means any optimizer
-        if cls.__dict__.get("abstract", False):
-            return cls
-    return hint
 
 
 def catalogue(roots: Sequence[tuple[Path, Part]]) -> dict[str, Flag]:

@@ -10,7 +10,7 @@ from experiments.flags.fields import Flag, find, hint
 from noisefl.errors import refuse
 from noisefl.parts import LARGEST
 
-MOST = 1_000_000  # values on an axis, and combinations: more is a slip of the pen
+MOST = 20_000  # values on an axis, and combinations: more take minutes to plan; a slip of the pen
 RANGE = "a whole number, start:stop or start:stop:step"
 
 

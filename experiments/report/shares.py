@@ -53,10 +53,9 @@ def picture(best: Frame, said: str) -> Figure:
                 of = curve[(curve["view"] == view) & (curve["members"] == number)]
                 if len(of):
                     _point(axes, row + 0.16 * (place - (len(views) - 1) / 2), view, of.iloc[0])
-            if len(curve) and curve["lambda"].isna().all():
-                axes.text(
-                    0.5, row, _why(curve.iloc[0]), color=GREY, ha="center", va="center", fontsize=8
-                )
+            if curve["lambda"].isna().all():
+                why = _why(curve.iloc[0]) if len(curve) else "not run"
+                axes.text(0.5, row, why, color=GREY, ha="center", va="center", fontsize=8)
         axes.set_yticks(range(len(schemes)), labels, fontsize=8)
         axes.set_ylim(len(schemes) - 0.5, -0.5)
         axes.set_xlim(-EDGE, 1 + EDGE)

@@ -29,7 +29,7 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
     for column in ("group", "runs", "at once", "batches", "compile", "memory a\ndevice", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     total = 0.0
-    talk = Console(stderr=True, highlight=False, quiet=not hosts.first())
+    talk = Console(stderr=True, highlight=False, markup=False, quiet=not hosts.first())
     for number, one in enumerate(prepared, 1):
         talk.print(f"group {number}/{len(prepared)}: compiling and timing a round", soft_wrap=True)
         title, chunk = str(number), driver.rounds_per_chunk
@@ -48,7 +48,7 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
             title, _runs(one), str(width), str(batches), f"{compilation:.0f} s",
             f"{program.bytes_a_device / 1e9:.2f} GB", _duration(seconds),
         )  # fmt: skip
-    console = Console(highlight=False, quiet=not hosts.first())
+    console = Console(highlight=False, markup=False, quiet=not hosts.first())
     console.print(  # no title of the table, which would be as narrow
         f"{sum(len(one.group.runs) for one in prepared)} runs of {driver.rounds} rounds on "
         f"{on.devices.size} devices ({on.shape[mesh.LANES]} x {on.shape[mesh.CLIENTS]} of "

@@ -180,8 +180,10 @@ class CommandLine:
           points: values of flags, as `Flag.parse` gives them.
 
         Raises:
-          ValueError: as `setups`.
+          ValueError: as `setups`; more than `grid.MOST`.
         """
+        if len(points) > grid.MOST:
+            raise refuse("grid", f"{len(points)} points", f"must be at most {grid.MOST}")
         axes: dict[str, dict[Any, None]] = {}
         for name, value in (item for point in points for item in point.items()):
             axes.setdefault(name, {})[value] = None
@@ -283,10 +285,13 @@ def preset_of(name: str) -> tuple[Experiment, Measure]:
         raise refuse("preset", name, f"{nearest(name, names)}, or module:function")
     try:
         source = importlib.import_module(module) if colon else presets
-    except (ImportError, ValueError) as error:
-        raise refuse("preset", name, f"cannot be imported ({error})") from None
+    except Exception as error:  # a module of yours may do anything
+        raise refuse("preset", name, f"cannot be imported ({_line(error)})") from None
     found = getattr(source, function, None)
-    experiment = found() if callable(found) else found
+    try:
+        experiment = found() if callable(found) else found
+    except Exception as error:
+        raise refuse("preset", name, f"{function} fails ({_line(error)})") from None
     if not isinstance(experiment, Experiment):
         allowed = f"{module} must have a function {function} that returns a noisefl.Experiment"
         raise refuse("preset", name, allowed)
@@ -294,6 +299,10 @@ def preset_of(name: str) -> tuple[Experiment, Measure]:
     if not isinstance(measures, Measure):
         raise refuse("preset", name, f"MEASURE of {module} must be a noisefl.measure.Measure")
     return experiment, measures
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def parse(argv: list[str]) -> CommandLine | None:
@@ -308,12 +317,12 @@ def parse(argv: list[str]) -> CommandLine | None:
     Raises:
       ValueError: one line about the first bad flag.
     """
-    files, rest = _named("flagfile", argv[1:])
+    files, rest = named("flagfile", argv[1:])
     read = [find_file(name) for name in files or [DEFAULT_FILE]]
     words = [*(word for file in read for word in read_file(file)), *rest]
     # A user's parts are flags as soon as their module is imported, so it is imported first.
-    begin = ["quickstart", *_named("preset", words)[0]][-1]
-    own = _named("preset", rest)[0] and not files
+    begin = ["quickstart", *named("preset", words)[0]][-1]
+    own = named("preset", rest)[0] and not files
     name = begin.split(":")[0].split(".")[-1] if own else read[-1].stem
     start = preset_of(begin)
     known = catalogue(start)
@@ -385,21 +394,25 @@ def read_file(file: Path) -> list[str]:
     """The flags of a file, without comments and blank lines.
 
     Raises:
-      ValueError: it is no text, or a quote is not closed.
+      ValueError: it cannot be read, is no text, a quote is not closed, or it names another file:
+        absl would read that, but neither its preset nor an end where two name each other.
     """
     try:
         lines = (line.strip() for line in file.read_text().splitlines())
-        return [word for line in lines if line[:1] != "#" for word in shlex.split(line)]
-    except ValueError as error:
+        words = [word for line in lines if line[:1] != "#" for word in shlex.split(line)]
+    except (OSError, ValueError) as error:
         raise refuse("flagfile", str(file), f"cannot be read ({error})") from None
+    if others := named("flagfile", words)[0]:
+        raise refuse("flagfile", str(file), f"must not name another, {others[0]!r}: give both")
+    return words
 
 
-def _named(flag: str, args: Sequence[str]) -> tuple[list[str], list[str]]:
+def named(flag: str, args: Sequence[str]) -> tuple[list[str], list[str]]:
     """The values of one flag, and the other arguments."""
     names, rest = [], []
     remaining = iter(args)
     for arg in remaining:
-        match = re.fullmatch(rf"--?{flag}(?:=(.*))?", arg)
+        match = re.fullmatch(rf"--?{flag}(?:=(.*))?", arg, re.DOTALL)
         if match is None:
             rest.append(arg)
         else:
@@ -409,11 +422,14 @@ def _named(flag: str, args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def find_file(name: str) -> Path:
     """A path as it stands, or a bare name of those that come with the driver."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    file = FILES / f"{name.removesuffix('.flags')}.flags"
-    if path.name == name and file.is_file():
-        return file
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        file = FILES / f"{name.removesuffix('.flags')}.flags"
+        if path.name == name and file.is_file():
+            return file
+    except (OSError, RuntimeError) as error:  # too long; the home of nobody
+        raise refuse("flagfile", name, f"cannot be read ({error})") from None
     allowed = f"{nearest(name.removesuffix('.flags'), file_names())}, or a file"
     raise refuse("flagfile", name, allowed)

@@ -137,12 +137,12 @@ def prepare(group: Group, driver: Driver, on: Mesh) -> Lanes:
     lanes = Lanes(group, dataset, columns)
     model, shape = lanes.experiment(first).functions, dataset.train_images.shape[1:]
     try:
-        model.shapes(shape)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        if str(error).startswith("model="):
-            raise
-        allowed = f"does not take images of shape {shape}"
-        raise refuse("model", first.flags["model"], allowed) from None
+        logits = model.classes(shape)
+    except ValueError as error:  # by the name of its class
+        raise refuse("model", first.flags["model"], str(error).partition(": ")[2]) from None
+    if logits < dataset.num_classes:
+        allowed = f"has logits of {logits} classes, and the data set has {dataset.num_classes}"
+        raise refuse("model", first.flags["model"], allowed)
     lanes.trace(on, lanes.width(on, driver.lanes_at_once), driver.rounds_per_chunk)
     return lanes
 

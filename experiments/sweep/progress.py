@@ -128,7 +128,7 @@ class Progress:
         due = time.monotonic() - self._printed >= self._every
         if now or self._at == self._rounds or due:
             self._printed = time.monotonic()
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line, soft_wrap=True, markup=False)  # of paths with brackets
 
 
 def values(number: int, rounds: int, kinds: Sequence[str], columns: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from noisefl.errors import refuse
+from noisefl.parts import LARGEST
 from noisefl.record import as_json, as_lines, lock, note_changes, replace
 
 Row = dict[str, Any]
@@ -61,8 +62,9 @@ class Store:
           description: JSON values: "options" and "runs", all planned ones by path, among them.
 
         Raises:
-          ValueError: the folder holds something else.
+          ValueError: the folder holds something else, or a batch that is not one of ours.
         """
+        self.open_batches()
         before = check(self.path, self.single, description)
         if self.single:
             (self.path / "summary.json").unlink(missing_ok=True)
@@ -115,7 +117,7 @@ class Store:
         found = []
         for file in sorted(self.batch("*").parent.glob("*/batch.json")):
             batch = _read(file)
-            if batch is None or not {"runs", "lanes", "rounds_per_chunk"} <= set(batch):
+            if batch is None or not _is_batch(batch):
                 raise refuse("out", str(file.parent), "its batch.json is not one of ours")
             found.append({**batch, "name": file.parent.name})
         return found
@@ -158,6 +160,20 @@ class Store:
                 self.drop(batch["name"])
 
 
+def _is_batch(found: Row) -> bool:
+    """It is what `Store.begin` writes, as far as whoever goes on with it relies on that."""
+    kinds = {"runs": list, "lanes": int, "rounds_per_chunk": int, "provenance": dict}
+    if not all(type(found.get(name)) is kind for name, kind in kinds.items()):
+        return False
+    runs, lanes, chunk = found["runs"], found["lanes"], found["rounds_per_chunk"]
+    return (
+        len(set(map(str, runs))) == len(runs) <= lanes <= LARGEST
+        and all(isinstance(run, str) for run in runs)
+        and 1 <= chunk <= LARGEST
+        and isinstance(found["provenance"].get("resumed", []), list)
+    )
+
+
 def is_complete(folder: Path, rounds: int) -> bool:
     """Whether the folder of a run holds all that it should, of so many rounds."""
     if not all((folder / name).exists() for name in FILES):
@@ -174,7 +190,11 @@ def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | Non
         these runs.
     """
     out, file = str(path), path / _name(single)
-    if not file.exists():
+    try:
+        there = file.exists()
+    except OSError as error:  # a name too long
+        raise refuse("out", out, f"cannot be read ({error.strerror})") from None
+    if not there:
         if (path / _name(not single)).exists():
             what = "a sweep" if single else "a single run"
             raise refuse("out", out, f"holds {what}; give another --out")
@@ -218,6 +238,9 @@ def _read(file: Path) -> Row | None:
     """The object in a file; None if it holds none."""
     try:
         found = json.loads(file.read_text())
-    except ValueError:
+        as_json(
+            {"found": found}
+        )  # NaN, which Python reads, is no JSON: we could not write it again
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -191,7 +191,7 @@ def table(summary: Row, seed: int, out: str) -> Table:
     ratio = summary["calibration_ratio"]
     result.add_row("calibration / training samples", "–" if ratio is None else f"{ratio:.2f}", "")
     if summary["collapsed"]:
-        result.add_row("[bold]the owner collapsed to chance[/bold]", "", "")
+        result.add_row("the owner collapsed to chance", "", "", style="bold")
     return result
 
 

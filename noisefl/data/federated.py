@@ -1,5 +1,6 @@
 """The data a round reads: on the device once, as bytes, with the table of who holds what."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 from flax import struct
 
 from noisefl.data.load import Dataset
-from noisefl.data.partition import PARTITIONS, partition
-from noisefl.errors import refuse
+from noisefl.data.partition import NOT_NEGATIVE, PARTITIONS, integers, partition
+from noisefl.errors import refuse, whole
 from noisefl.parts import Part, choice, number, part, size
 
 
@@ -118,10 +119,19 @@ def holdings(
     Raises:
       ValueError: an argument out of range, named with its value.
     """
+    labels = integers("labels", labels)
+    if not isinstance(deal, Deal):
+        raise refuse("deal", deal, "must be a noisefl.Deal")
     if not 1 <= deal.validation_size < len(labels):
         raise refuse("validation_size", deal.validation_size, f"must be 1 to {len(labels) - 1}")
-    if seed < 0:
-        raise refuse("seed", seed, "must not be negative")
+    seed = whole("seed", seed, 0, math.inf, NOT_NEGATIVE)
+    for name in ("dirichlet_alpha", "size_sigma"):
+        if np.ndim(getattr(deal, name)):
+            raise refuse(
+                name, getattr(deal, name), "must be one number: lanes are dealt one by one"
+            )
+    if writers is not None:
+        writers = integers("writers", writers, len(labels))
     carve_seed, partition_seed = np.random.SeedSequence(seed).spawn(2)
     drawn = np.random.default_rng(carve_seed).permutation(len(labels))
     held, rest = drawn[: deal.validation_size], np.sort(drawn[deal.validation_size :])
@@ -158,6 +168,12 @@ def federate(dataset: Dataset, deal: Deal | None = None, *, seed: int, **fields:
     Raises:
       ValueError: an argument out of range, named with its value.
     """
+    if not isinstance(dataset, Dataset):
+        raise refuse(
+            "dataset", dataset, "must be what noisefl.load or noisefl.data.arrays returned"
+        )
+    if not isinstance(deal, Deal | None):
+        raise refuse("deal", deal, "must be a noisefl.Deal, or None")
     how: Deal = Deal(**fields) if deal is None else deal.replace(**fields)
     held, clients, counts = holdings(
         np.asarray(dataset.train_labels), how, seed, dataset.train_writers

@@ -8,6 +8,7 @@ import gzip
 import math
 import struct
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import numpy as np
 from noisefl.errors import refuse
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # train x, y, then test x, y
+
+MOST_AXES = 4  # of images in colour
+PIECE = 1 << 20  # bytes
+DEFLATED = 1032  # bytes that one of gzip can hold
 
 STEMS = (
     ("train-images", "idx3-ubyte"),
@@ -46,16 +51,30 @@ def _find(folder: Path, stem: str, kind: str) -> Path:
 
 
 def _read(path: Path) -> np.ndarray:
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise refuse("dataset", str(path), f"is not a whole gzip file ({error})") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+    zipped = path.suffix == ".gz"
+    try:
+        most = path.stat().st_size * (DEFLATED if zipped else 1)
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            return _parsed(file, path, most)
+    except MemoryError:
+        raise refuse("dataset", str(path), "does not fit in memory") from None
+    except (OSError, EOFError, zlib.error) as error:
+        what = "is not a whole gzip file" if zipped else "cannot be read"
+        raise refuse("dataset", str(path), f"{what} ({error})") from error
+
+
+def _parsed(file: BufferedIOBase, path: Path, most: int) -> np.ndarray:
+    """What the file holds, which is `most` bytes at most."""
+    begin = file.read(4)
+    axes = begin[3] if begin[:3] == b"\0\0\x08" and len(begin) == 4 else 0
+    lengths = file.read(4 * axes)
+    if not 1 <= axes <= MOST_AXES or len(lengths) < 4 * axes:
         raise refuse("dataset", str(path), "must be an idx file of unsigned bytes")
-    axes = raw[3]
-    shape = struct.unpack(f">{axes}I", raw[4 : 4 + 4 * axes])
-    if len(raw) - 4 - 4 * axes != math.prod(shape):
+    shape = struct.unpack(f">{axes}I", lengths)
+    size, content = math.prod(shape), bytearray()
+    # A piece at a time: a header may declare anything, and a few bytes of gzip may hold anything.
+    while len(content) <= size <= most and (piece := file.read(PIECE)):
+        content += piece
+    if len(content) != size or size == 0:
         raise refuse("dataset", str(path), f"holds fewer or more bytes than its header {shape}")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)

@@ -10,15 +10,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import os
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from noisefl.data import idx, tfds
-from noisefl.errors import refuse
+from noisefl.errors import refuse, whole
 
+WRITERS = "train_writers"
 _NPZ_KEYS = (  # of Keras, then our own
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
@@ -66,12 +68,27 @@ def arrays(
     Raises:
       ValueError: an array of another type or shape, or a label out of range.
     """
-    train = np.asarray(train_images), np.asarray(train_labels)
-    test = np.asarray(test_images), np.asarray(test_labels)
-    return _dataset(name, (*train, *test), num_classes, train_writers)
+    given = {
+        "train_images": train_images, "train_labels": train_labels,
+        "test_images": test_images, "test_labels": test_labels,
+    }  # fmt: skip
+    train_x, train_y, test_x, test_y = (_array(of, values) for of, values in given.items())
+    if num_classes is not None:
+        allowed = "must be a whole number, at least 1, or None"
+        num_classes = whole("num_classes", num_classes, 1, 2**31 - 1, allowed)
+    if train_writers is not None:
+        train_writers = _array("train_writers", train_writers)
+    return _dataset(name, (train_x, train_y, test_x, test_y), num_classes, train_writers)
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
+def _array(name: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError):  # keys of JAX; lists of lists of several lengths
+        raise refuse(name, given, "must be an array") from None
+
+
+def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
     """Loads a data set of images of one shape.
 
     Images come in an order computed from their content, so an index means the same image on every
@@ -80,12 +97,14 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
     Args:
       name: one of
+
         - `"mnist"`: embedded in the package, needs neither network nor `data_dir`;
         - a path ending in `.npz`, with x_train, y_train, x_test, y_test (Keras) or train_images,
           train_labels, test_images, test_labels; and train_writers, if it says who made them;
         - a path with a separator in it (`./digits`) to a folder of idx files, e.g.
           train-images-idx3-ubyte.gz; plain or compressed; their checksums are not verified;
         - a name that TFDS knows, with its configuration if any: `fashion_mnist`, `emnist/letters`.
+
       data_dir: for a TFDS name only: a TFDS data folder, or for mnist, fashion_mnist and kmnist
         a folder of the four original .gz files, verified against the checksums of TFDS. None is
         the TFDS default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
@@ -97,12 +116,14 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       ValueError: unknown name, missing, damaged or unsuitable data, or a download that cannot be
         made; the message says what to do.
     """
+    if not isinstance(name, str):
+        raise refuse("dataset", name, "must be a text: a name or a path")
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise refuse("data_dir", data_dir, "must be a folder, or None")
     if _is_path(name):
         if data_dir is not None:
             raise refuse("data_dir", data_dir, f"is for data-set names; {name} is a path already")
-        path = Path(name).expanduser()
-        if not path.exists():
-            raise refuse("dataset", name, "no such file or folder")
+        path = _existing(name)
         if path.is_dir():
             return _dataset(name, idx.read_folder(path))
         return _dataset(name, *_read_npz(path))
@@ -139,25 +160,51 @@ def _is_path(name: str) -> bool:
     # directory must not replace the data set. A TFDS name may hold a "/" (emnist/letters).
     if name.endswith(".npz") or name.startswith(("/", ".", "~")):
         return True
-    return any(mark in name for mark in "/\\") and Path(name).exists()
+    try:
+        return any(mark in name for mark in "/\\") and Path(name).exists()
+    except OSError:  # too long for one
+        return False
+
+
+def _existing(name: str) -> Path:
+    """A file or a folder: of a pipe nobody knows when it ends."""
+    try:
+        path = Path(name).expanduser()
+        if path.is_file() or path.is_dir():
+            return path
+        allowed = "must be a file or a folder" if path.exists() else "no such file or folder"
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        allowed = f"cannot be read ({error})"
+    raise refuse("dataset", name, allowed)
 
 
 def _read_npz(file: Path | IO[bytes]) -> tuple[idx.Arrays, None, np.ndarray | None]:
     """Arrays, no number of classes, and writers if there are any."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with zipfile.ZipFile(file) as archive:
+            held = {name.removesuffix(".npy") for name in archive.namelist() if name[-4:] == ".npy"}
             for keys in _NPZ_KEYS:
-                if all(key in stored for key in keys):
-                    train_x, train_y, test_x, test_y = (stored[key] for key in keys)
-                    writers = stored.get("train_writers")
+                if held.issuperset(keys):
+                    train_x, train_y, test_x, test_y = (_member(archive, key) for key in keys)
+                    writers = _member(archive, WRITERS) if WRITERS in held else None
                     return (train_x, train_y, test_x, test_y), None, writers
-            found = ", ".join(stored)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        # TypeError: np.load returned the array of a .npy file, which is no archive.
-        raise refuse("dataset", str(file), f"must be a readable .npz file ({error})") from error
+            found = ", ".join(sorted(held)) or "none"
+    except Exception as error:  # zipfile, its decompressors and NumPy's header each have their own
+        said = f"{type(error).__name__}: {error}"
+        raise refuse("dataset", str(file), f"must be a readable .npz file ({said})") from error
     raise refuse(
         "dataset", str(file), f"must hold {' or '.join(map(str, _NPZ_KEYS))}, and holds {found}"
     )
+
+
+def _member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """One array, read to its end: only there its checksum is compared, which `np.load` does not do
+    where a header says less than there is."""
+    with archive.open(f"{key}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"{key} holds more than its header {list(array.shape)}")
+    return array
 
 
 def _dataset(

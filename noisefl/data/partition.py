@@ -3,12 +3,15 @@
 Every partition hands out every image exactly once: the clients are a partition of 0 … N − 1.
 """
 
-from typing import NamedTuple
+import math
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from noisefl.errors import nearest, refuse
+from noisefl.errors import nearest, refuse, whole
 
+NOT_NEGATIVE = "must be a whole number, and not negative"
 PARTITIONS = ("iid", "shards", "dirichlet", "lognormal", "writers")
 
 
@@ -73,13 +76,13 @@ def partition(
       McMahan et al. 2017, arXiv 1602.05629. Yurochkin et al. 2019, Bayesian Nonparametric
       Federated Learning of Neural Networks, arXiv 1905.12022.
     """
-    labels = np.asarray(labels)
-    if how not in PARTITIONS:
+    labels = integers("labels", labels)
+    if not (isinstance(how, str) and how in PARTITIONS):
         raise refuse("partition", how, nearest(str(how), PARTITIONS))
-    if not 1 <= num_clients <= len(labels):
-        raise refuse("num_clients", num_clients, f"must be 1 to {len(labels)}, the training images")
-    if isinstance(seed, int) and seed < 0:
-        raise refuse("seed", seed, "must not be negative")
+    allowed = f"must be 1 to {len(labels)}, the training images"
+    num_clients = whole("num_clients", num_clients, 1, len(labels), allowed)
+    if not isinstance(seed, np.random.SeedSequence):
+        seed = whole("seed", seed, 0, math.inf, NOT_NEGATIVE)
     rng = np.random.default_rng(seed)
     if how == "iid":
         clients = np.array_split(rng.permutation(len(labels)), num_clients)
@@ -90,17 +93,31 @@ def partition(
     elif how == "lognormal":
         clients = _lognormal(len(labels), num_clients, size_sigma, rng)
     else:
-        clients = _by_writer(writers, num_clients, rng)
+        clients = _by_writer(writers, len(labels), num_clients, rng)
     return _padded(clients)
+
+
+def integers(name: str, given: Any, size: int | None = None) -> np.ndarray:
+    """Integers [N], of at least one image, and of so many if that is said.
+
+    Raises:
+      ValueError: anything else.
+    """
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError):  # keys of JAX; lists of lists of several lengths
+        found = np.zeros(0)
+    if found.dtype.kind not in "iu" or found.ndim != 1 or len(found) != (size or len(found) or 1):
+        raise refuse(name, given, f"must be integers [{size or 'N'}]")
+    return found
 
 
 def _shards(
     labels: np.ndarray, num_clients: int, shards_per_client: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     most = len(labels) // num_clients
-    if not 1 <= shards_per_client <= most:
-        allowed = f"must be 1 to {most}, the images a client with num_clients={num_clients}"
-        raise refuse("shards_per_client", shards_per_client, allowed)
+    allowed = f"must be 1 to {most}, the images a client with num_clients={num_clients}"
+    shards_per_client = whole("shards_per_client", shards_per_client, 1, most, allowed)
     by_label = np.argsort(labels, kind="stable")
     shards = np.array_split(by_label, num_clients * shards_per_client)
     dealt = rng.permutation(len(shards)).reshape(num_clients, shards_per_client)
@@ -110,12 +127,13 @@ def _shards(
 def _dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    if not 0 < alpha <= 1e9:  # beyond, the sum of K alphas may overflow and the shares with it
+    # Beyond, the sum of K alphas may overflow and the shares with it.
+    if not (isinstance(alpha, Real) and 0 < alpha <= 1e9):
         raise refuse("dirichlet_alpha", alpha, "must be positive, and at most 1e9")
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))
-        shares = rng.dirichlet(np.full(num_clients, alpha))
+        shares = rng.dirichlet(np.full(num_clients, float(alpha)))
         cuts = np.rint(np.cumsum(shares[:-1]) * len(images)).astype(int)
         for client, piece in zip(pieces, np.split(images, cuts), strict=True):
             client.append(piece)
@@ -133,9 +151,9 @@ def _dirichlet(
 def _lognormal(
     num_images: int, num_clients: int, size_sigma: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    if not 0 <= size_sigma <= 100:
+    if not (isinstance(size_sigma, Real) and 0 <= size_sigma <= 100):
         raise refuse("size_sigma", size_sigma, "must be 0 to 100")
-    logs = size_sigma * rng.standard_normal(num_clients)
+    logs = float(size_sigma) * rng.standard_normal(num_clients)
     weights = np.exp(logs - logs.max())  # the largest is 1: no overflow at any sigma
     ideal = (num_images - num_clients) * weights / weights.sum()
     extra = np.floor(ideal).astype(int)
@@ -145,10 +163,11 @@ def _lognormal(
 
 
 def _by_writer(
-    writers: np.ndarray | None, num_clients: int, rng: np.random.Generator
+    writers: np.ndarray | None, images: int, num_clients: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     if writers is None:
         raise refuse("partition", "writers", "the data set does not say who made its images")
+    writers = integers("writers", writers, images)
     by_writer = np.argsort(writers, kind="stable")
     starts = np.flatnonzero(np.diff(writers[by_writer])) + 1
     pieces = np.split(by_writer, starts)

@@ -24,7 +24,7 @@ IDX_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 OFFLINE_SECONDS = 8.0  # TFDS by itself retries for over 200 s before it reports a missing network
 
 
-def read(name: str, data_dir: str | None) -> tuple[idx.Arrays, int]:
+def read(name: str, data_dir: str | os.PathLike | None) -> tuple[idx.Arrays, int]:
     """Arrays of the TFDS set `name` in whatever order they are stored, and its number of classes.
 
     Looks, in this order, for the original files of the idx family in `data_dir` itself and in its
@@ -35,9 +35,7 @@ def read(name: str, data_dir: str | None) -> tuple[idx.Arrays, int]:
     """
     import tensorflow_datasets as tfds  # late: takes a second, and embedded MNIST needs none of it
 
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    if data_dir is not None and not root.is_dir():
-        raise refuse("data_dir", data_dir, "must be an existing folder")
+    root = _root(data_dir)
     builder = _builder(tfds, name, root)
     keys = _supervised_keys(tfds, name, builder)
     num_classes = builder.info.features[keys[1]].num_classes
@@ -56,9 +54,26 @@ def read(name: str, data_dir: str | None) -> tuple[idx.Arrays, int]:
     return _read_prepared(tfds, name, builder, keys), num_classes
 
 
+def _root(data_dir: str | os.PathLike | None) -> Path:
+    """The folder, or where TFDS itself would look."""
+    given = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    allowed = "must be an existing folder"
+    try:
+        root = Path(given).expanduser()
+        if data_dir is None or root.is_dir():
+            return root
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        allowed = f"cannot be read ({error})"
+    raise refuse("data_dir", str(given), allowed)
+
+
 def _builder(tfds: Any, name: str, root: Path) -> Any:
     base = name.split("/")[0]
-    if not base or not (root / base).is_dir():  # a user's own prepared set is in no list
+    try:
+        own = bool(base) and (root / base).is_dir()  # a user's own prepared set is in no list
+    except OSError:  # too long for one
+        own = False
+    if not own:
         known = tfds.list_builders(with_community_datasets=False)
         if base not in known:
             close = difflib.get_close_matches(base.lower(), known, n=3)
@@ -183,8 +198,12 @@ def _read_prepared(tfds: Any, name: str, builder: Any, keys: tuple[str, str]) ->
         count = splits[split].num_examples
         images = np.empty((count, *builder.info.features[keys[0]].shape), np.uint8)
         labels = np.empty(count, np.int64)
-        for row, example in enumerate(_examples(tfds, name, builder, split)):
-            images[row], labels[row] = example[keys[0]], example[keys[1]]
+        examples = _examples(tfds, name, builder, split)
+        try:
+            for row, example in zip(range(count), examples, strict=True):
+                images[row], labels[row] = example[keys[0]], example[keys[1]]
+        except Exception as error:  # each reader of records and of images has its own
+            raise refuse("dataset", name, f"{split} cannot be read ({_line(error)})") from error
         arrays += [images, labels]
     return tuple(arrays)
 
