@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -23,11 +24,11 @@ from typing import Any
 from absl import flags
 
 from experiments import run
-from experiments.flags.grid import parse_axis
+from experiments.flags.grid import MOST, parse_axis
 from experiments.report import frontier as reported
 from experiments.report import page
 from experiments.sweep import hosts
-from experiments.sweep.options import CommandLine, parse
+from experiments.sweep.options import CommandLine, find_file, named, parse, read_file
 from experiments.sweep.plan import plan
 from experiments.sweep.progress import complain
 from noisefl.errors import nearest, refuse
@@ -202,6 +203,9 @@ def options(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
     flags.DEFINE_bool("html", False, "one page with everything in it", flag_values=values)
     flags.DEFINE_list("merge", [], "frontier.csv files: one table of all", flag_values=values)
     flags.DEFINE_bool("help", False, "this page", flag_values=values)
+    files, argv = named("flagfile", argv)  # as the driver reads them, and absl does not
+    own_words = [word for file in files for word in read_file(find_file(file))]
+    argv = [argv[0], *own_words, *argv[1:]]
     try:
         rest = values(argv, known_only=True)[1:]
     except flags.Error as error:
@@ -264,6 +268,10 @@ def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
         for name, flag in FLAGS.items()
         if given[name]
     }
+    curves = sum(len(chosen(CURVES[name], given["strengths"])) for name in given["schemes"])
+    sizes = [curves, len(given["partitions"]), *map(len, varied.values())]
+    if math.prod(sizes) > MOST:
+        raise refuse("grid", f"{math.prod(sizes)} points", f"must be at most {MOST}")
     found: list[dict[str, Any]] = []
     for name in given["schemes"]:
         curve = CURVES[name]

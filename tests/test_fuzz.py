@@ -51,9 +51,6 @@ def table(request) -> Iterator[None]:
 
 # Of readers that orbax leaves behind, whenever they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-waits = pytest.mark.skip(
-    reason="experiments/report reads some damaged files, and should refuse them"
-)
 
 
 def begun(*_: Any) -> Any:
@@ -104,7 +101,6 @@ def test_any_command_line_of_the_frontier_is_taken_or_refused(drivers, args):
     stood_in(frontier.main, "experiments.frontier", args, {})
 
 
-@waits
 @cases(0.03, 3)
 @given(fuzz_flags.folder_lines("tensorboard"))
 def test_any_command_line_of_the_report_is_taken_or_refused(args):
@@ -207,7 +203,6 @@ def reported(tmp_path_factory) -> dict[str, fuzz_files.Held]:
     return {name: fuzz_files.held(folder / name) for name in ("run", "sweep")}
 
 
-@waits
 @cases(0.04, 3)
 @given(st.data())
 def test_any_folder_is_reported_or_refused(reported, data):
@@ -218,7 +213,6 @@ def test_any_folder_is_reported_or_refused(reported, data):
     )
 
 
-@waits
 @cases(0.03, 3)
 @given(st.data())
 def test_any_folder_is_drawn_or_refused(reported, data):
@@ -409,7 +403,6 @@ def stolen(tmp_path_factory) -> tuple[dict[str, Any], fuzz_files.Held, bytes]:
     return curves, fuzz_files.held(folder), csv.encode()
 
 
-@waits
 @cases(0.03, 3)
 @given(st.data())
 def test_any_folder_has_a_frontier_or_is_refused(stolen, data):

@@ -78,7 +78,9 @@ def report(folder: Path, event_folder: str = "", command: str = "") -> int:
     table.show(console, sweep, found)
     for line in table.failures(sweep):
         console.print(f"failed: {line}", soft_wrap=True, markup=False)
-    console.print(f"{folder} holds: {', '.join(written)}", soft_wrap=True, markup=False)
+    holds = f"{folder} holds: {', '.join(written)}"
+    holds = holds.encode("utf-8", "backslashreplace").decode()  # paths are bytes
+    console.print(holds, soft_wrap=True, markup=False)
     return 0
 
 

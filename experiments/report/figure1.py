@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.results import Frame, Row, option, rounds
+from experiments.report.results import DAMAGED, Frame, Row, option, rounds
 from noisefl.errors import refuse
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell the
@@ -90,7 +90,9 @@ def read_panel(folder: Path) -> Panel:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         cap, scale = option(options, "cap"), option(options, "noise_scale", "absolute")
         rounds(rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(scale, str) or not isinstance(cap, float | int | None):
+            raise TypeError(f"noise_scale is {scale!r}, cap is {cap!r}")
+    except DAMAGED as error:
         raise refuse("folder", str(folder), f"holds no run ({error!r})") from None
     names = folder.resolve().parts
     title = ", ".join(names[-2:] if names[-1].startswith("seed=") else names[-1:])

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from experiments.report import shares
 from experiments.report.figure1 import BLACK, GREY, SIZES, blank
+from experiments.report.results import DAMAGED
 from noisefl import protection
 from noisefl.errors import refuse
 
@@ -121,11 +122,15 @@ def merged(files: Sequence[str]) -> Frame:
     for file in files:
         try:
             frame = pd.read_csv(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise refuse("merge", file, f"cannot be read ({error})") from None
         if missing := [name for name in (*RUN, *THIEF, *READ) if name not in frame]:
             raise refuse("merge", file, f"is no frontier.csv: it has no column {missing[0]!r}")
         frames.append(frame)
+        try:
+            sound(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+        except (ValueError, TypeError) as error:
+            raise refuse("merge", file, f"is damaged ({error})") from None
     both = pd.concat(frames, ignore_index=True)
     again = both.duplicated([*RUN, *THIEF])
     if twice := sorted(set(both[again & (both["scheme"] != "none")]["scheme"])):
@@ -137,11 +142,14 @@ def rows(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[st
     """One object for each thief in each view of each run, controls beside it.
 
     Raises:
-      ValueError: the folder is of no sweep.
+      ValueError: the folder is of no sweep, or a run in it is damaged.
     """
     try:
         planned = json.loads((folder / "sweep.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError) as error:
+        planned = {path: entry["baseline"] or path for path, entry in planned.items()}
+        if not all(isinstance(baseline, str) for baseline in planned.values()):
+            raise TypeError("a baseline is no path")
+    except DAMAGED as error:
         raise refuse("out", str(folder), f"holds no sweep ({error!r})") from None
     found: list[Row] = []
     read: dict[str, list[Row]] = {}
@@ -154,18 +162,40 @@ def rows(folder: Path, curves: Mapping[str, tuple[str, Any]], strengths: dict[st
         return read[path]
 
     seen: set[str] = set()
-    for path, entry in planned.items():
+    for path, baseline in planned.items():
         if path not in curves:
             continue
-        baseline = entry["baseline"] or path
         scheme, strength = curves[path]
         of = {"scheme": scheme, "strength": strength, "strength_name": strengths[scheme]}
-        found += of_run(folder, path, stolen(path), stolen(baseline), of)
-        if baseline != path and baseline not in seen:
-            seen.add(baseline)
-            of = {"scheme": "none", "strength": None, "strength_name": ""}
-            found += of_run(folder, baseline, stolen(baseline), stolen(baseline), of)
+        try:
+            found += sound(of_run(folder, path, stolen(path), stolen(baseline), of))
+            if baseline != path and baseline not in seen:
+                seen.add(baseline)
+                of = {"scheme": "none", "strength": None, "strength_name": ""}
+                found += sound(of_run(folder, baseline, stolen(baseline), stolen(baseline), of))
+        except (*DAMAGED, RuntimeError) as error:
+            allowed = f"is a damaged run, or the one beside it is ({error!r})"
+            raise refuse("out", str(folder / path), allowed) from None
     return found
+
+
+def sound(rows: list[Row]) -> list[Row]:
+    """The rows, whose columns are what tables and pictures take them for.
+
+    Raises:
+      ValueError, TypeError: a word where there should be a number, or the other way round.
+    """
+    words = ("scheme", "thief", "view", "dataset", "model", "partition")
+    for row in rows:
+        if not all(isinstance(row[name], str) for name in words) or row["view"] not in INSIDE:
+            raise TypeError(f"of a thief: {[row[name] for name in words]}")
+        for name in ("members", "which", "seed", "num_clients", "server_images"):
+            if type(row[name]) is not int or not 0 <= row[name] < 2**31:
+                raise ValueError(f"{name} is {row[name]!r}")
+        for name in READ:
+            if row[name] is not None and not math.isfinite(row[name]):
+                raise ValueError(f"{name} is {row[name]!r}")
+    return rows
 
 
 def of_run(

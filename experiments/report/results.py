@@ -20,6 +20,9 @@ NUMBERS = (  # of summary.json
     "owner_accuracy_final", "shared_accuracy_max_test", "rounds_over_cap_test",
     "protected_rounds", "infeasible_rounds", "calibration_samples",
 )  # fmt: skip
+DAMAGED = (  # by what a file of another shape, or nested too deep, is told
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 FILES = ("config.json", "metrics.jsonl", "summary.json")  # of a complete run
 
 # Of metrics.jsonl, what pictures need; of a pair there is plus_accuracy and minus_accuracy besides.
@@ -66,12 +69,14 @@ def read(folder: Path) -> Sweep:
     Raises:
       ValueError: the folder holds neither, or a run in it is damaged.
     """
-    single = not (folder / "sweep.json").exists() and (folder / "config.json").exists()
     try:
+        single = not (folder / "sweep.json").exists() and (folder / "config.json").exists()
         plan = json.loads((folder / ("config.json" if single else "sweep.json")).read_text())
         grid, runs = dict({} if single else plan["grid"]), plan["runs"]
         if not all(isinstance(values, list) for values in grid.values()):
             raise TypeError("a flag of the grid has no list of values")
+        if not all(isinstance(run["grid"], dict) for run in runs.values()):
+            raise TypeError("a run has no values by flag")
         places = {  # FedAvg has not all flags
             path: [values.index(run["grid"].get(flag, values[0])) for flag, values in grid.items()]
             for path, run in runs.items()
@@ -81,7 +86,7 @@ def read(folder: Path) -> Sweep:
             [[runs[path][name] for name in columns] for path in places], list(places), columns
         ).loc[sorted(places, key=lambda path: places[path])]
         table = table.astype({"cap": float, "baseline": object, "grid": object})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise refuse("out", str(folder), f"holds no sweep and no run ({error!r})") from None
     table["folder"] = [folder if single else folder / path for path in table.index]
     table["configuration"] = [Path(path).parent.name or path for path in table.index]
@@ -111,7 +116,7 @@ def _outcome(folder: Path, kind: str, single: bool) -> Row:
             return {"complete": True, "failed": True} | {n: failed[n] for n in ("round", "cause")}
         numbers = {n: None if summary[n] is None else float(summary[n]) for n in NUMBERS}
         return {"complete": True, "failed": False, **numbers}
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         allowed = f"is a damaged run ({error!r}); remove it and let the driver do it again"
         raise refuse("out", str(folder), allowed) from None
 
@@ -133,7 +138,7 @@ def rows(folder: Path, kind: str) -> Iterator[Row]:
                     yield row
         if number == 0:
             raise ValueError(f"no round of {kind}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise refuse("out", str(folder), f"metrics.jsonl: {error!r}") from None
 
 
@@ -149,7 +154,10 @@ def rounds(rows: Sequence[Row]) -> Frame:
     numbers = [*MEASURED, "plus_accuracy", "minus_accuracy"]
     table = table.reindex(columns=["run", *numbers, *SWITCHES])
     switches = {name: table[name].eq(True) for name in SWITCHES}
-    return table.assign(**switches).astype(dict.fromkeys(numbers, float))
+    try:
+        return table.assign(**switches).astype(dict.fromkeys(numbers, float))
+    except (ValueError, TypeError) as error:
+        raise refuse("rows", len(rows), f"have what is no number ({error})") from None
 
 
 def option(options: Mapping[str, Any], name: str, default: Any = None) -> Any:

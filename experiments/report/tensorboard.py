@@ -10,16 +10,20 @@ from noisefl.errors import refuse
 
 
 def writer_of(directory: str) -> Any:
-    """The class that writes event files.
+    """The class that writes event files, into a folder that is there from then on.
 
     Raises:
-      ValueError: tensorboardX, which is optional, is not installed.
+      ValueError: tensorboardX, which is optional, is not installed; the folder is not writable.
     """
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         allowed = "needs tensorboardX: pip install 'noisefl[tensorboard]'"
         raise refuse("tensorboard", directory, allowed) from None
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise refuse("tensorboard", directory, f"is not writable ({error})") from None
     return SummaryWriter
 
 
