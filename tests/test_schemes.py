@@ -180,6 +180,21 @@ def test_copies_differ_where_it_says_and_as_many_as_it_says(cls):
 
 
 @each_scheme
+def test_what_a_copy_does_not_hold_is_0_and_said_to_be_so(cls):
+    """Of parameters that are not 0 themselves: the mask is told from the copy, if any is."""
+    scheme, (_, (_, copies, _, masks)) = made(cls), lanes(cls)
+    if fed.ours(cls):
+        assert scheme.partial == (masks is not None)
+    if scheme.partial:
+        full = jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), fed.start().base)
+        _, copies, _, masks = jax.jit(functools.partial(contract, cls))(
+            keys.root(0), jnp.int32(PROTECTED), full
+        )
+        fed.assert_same(jax.tree.map(lambda leaf: jnp.float32(leaf != 0), copies), masks)
+        assert not all(np.all(leaf) for leaf in jax.tree.leaves(masks))
+
+
+@each_scheme
 def test_secrets_are_nowhere_but_among_the_secrets(cls):
     _, (issue, _, _, _) = lanes(cls)
     issue = fed.lane(issue, 0)

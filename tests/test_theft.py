@@ -371,6 +371,26 @@ def test_what_a_thief_is_shown(monkeypatch):
     }
 
 
+def test_thieves_are_shown_copies_that_others_complete():
+    """Client 6 lacks the head, which client 3 holds: in their coalition it has 3's, alone none."""
+    seen = seen_by([3, 6], [[2, 2]])
+    lacking = [seen.copies["head"][name].at[:, 1].set(0) for name in ("bias", "kernel")]
+    head = dict(zip(("bias", "kernel"), lacking, strict=True))
+    seen = fed.replaced(seen, copies={**seen.copies, "head": head}, partial=True)
+    told = list[Told]()
+    jax.jit(program((Lasting(into=told.append),), 2, (2,), "never"))(OWNER, DATA, seen)
+    jax.effects_barrier()
+    kinds = set()
+    for one in told:
+        kernel, there = np.asarray(one.view.copies["head"]["kernel"]), np.asarray(one.view.present)
+        members = tuple(np.flatnonzero(there[0]))
+        if 1 in members:
+            kinds.add(members)
+            wanted = kernel[0, 0] if members == (0, 1) else np.zeros_like(kernel[0, 0])
+            np.testing.assert_array_equal(kernel[0, 1], wanted)
+    assert kinds == {(1,), (0, 1)}
+
+
 @part
 class Lasting(Scaled):
     """Tells what it sees of one round and of all."""

@@ -330,6 +330,14 @@ def test_no_secret_of_any_scheme_is_in_a_view_or_told_to_thieves(cls):
     assert not any(jnp.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds)
 
 
+@pytest.mark.parametrize("scheme", [schemes.OwnClasses(), schemes.Withheld()])
+def test_what_is_seen_says_whether_copies_are_whole(scheme):
+    """Also inside of a wrapper: a coalition takes what one copy does not hold from another."""
+    experiment = fed.TINY.replace(model=fed.TinyCNN(), scheme=schemes.Warmup(scheme))
+    seen = begun(experiment.resolved(), Thieves(until=2, coalitions="2")).measured
+    assert seen.partial == isinstance(scheme, schemes.OwnClasses)
+
+
 def test_the_bits_of_a_secret_would_be_found():
     """The search above finds what is there: a row of an array, and a key."""
     row = np.arange(3, dtype=np.float32)
