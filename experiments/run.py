@@ -21,7 +21,7 @@ from experiments.sweep import hosts, interrupt
 from experiments.sweep.execute import Sweep, run_group
 from experiments.sweep.options import CommandLine, parse
 from experiments.sweep.plan import Run, groups, plan
-from experiments.sweep.prepare import compilation_cache, prepare
+from experiments.sweep.prepare import compilation_cache, forget, prepare
 from experiments.sweep.progress import Progress, complain
 from experiments.sweep.provenance import provenance
 from experiments.sweep.store import Store, check, is_complete
@@ -99,7 +99,11 @@ def run(command: CommandLine, again: str) -> int:
         with interrupt.exit_at_once(last_words):
             if hosts.first():
                 store.tidy(done)
-            left_out = sum([run_group(sweep, n, lanes) for n, lanes in enumerate(prepared, 1)])
+            left_out = 0
+            for number, lanes in enumerate(prepared, 1):
+                if number > 1:
+                    forget()
+                left_out += run_group(sweep, number, lanes)
             if hosts.first():
                 store.tidy(set(complete()))
     if left_out:

@@ -366,3 +366,23 @@ def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys, grid):
     cells = [cell.strip() for cell in row.split("│")][2:5]
     assert cells == [f"{runs} ({fedavg} FedAvg)", "2", batches]
     assert not out.exists()
+
+
+@pytest.mark.slow  # three programs
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory maps")
+def test_programs_of_ended_groups_leave_the_memory(tiny, tmp_path, monkeypatch):
+    """JAX kept thousands of maps of each, and Linux ends a process with 65,530."""
+    monkeypatch.undo()  # the programs are not to be remembered
+    maps, ended = [], run.run_group
+
+    def counted(*given):
+        left_out = ended(*given)
+        maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        return left_out
+
+    monkeypatch.setattr(run, "run_group", counted)
+    three = "--grid=batch_size=5,10,20"
+    assert main(*tiny, three, "--rounds=1", "--compilation_cache=off", f"--out={tmp_path}") == 0
+    first, second, third = maps
+    assert third - second < 20
+    assert second - first < 20

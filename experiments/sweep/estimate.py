@@ -12,7 +12,7 @@ from rich.table import Table
 
 from experiments.sweep import hosts
 from experiments.sweep.options import CommandLine
-from experiments.sweep.prepare import Compiled, Lanes
+from experiments.sweep.prepare import Compiled, Lanes, forget
 from noisefl import mesh
 from noisefl.sweep import TooLarge
 
@@ -31,6 +31,8 @@ def estimate(command: CommandLine, prepared: Sequence[Lanes], on: Mesh, done: in
     total = 0.0
     talk = Console(stderr=True, highlight=False, markup=False, quiet=not hosts.first())
     for number, one in enumerate(prepared, 1):
+        if number > 1:
+            forget()
         talk.print(f"group {number}/{len(prepared)}: compiling and timing a round", soft_wrap=True)
         title, chunk = str(number), driver.rounds_per_chunk
         try:
