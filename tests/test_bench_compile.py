@@ -149,7 +149,7 @@ def data():
 
 
 @pytest.mark.parametrize(("target", "platform"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")])
-@pytest.mark.parametrize("preset", ["literal", "mcmahan", "quickstart", "two_way"])
+@pytest.mark.parametrize("preset", ["literal", "mcmahan", "own_classes", "quickstart", "two_way"])
 def test_every_preset_lowers_for_every_platform(preset, target, platform):
     """A round with all that is measured, as the target's choices have it."""
     experiment = getattr(presets, preset)().replace(strategy=noisefl.Strategy(target=target))

@@ -169,7 +169,7 @@ def test_thieves_are_there_unless_they_are_sent_away():
     assert (kept["1"].until, kept["3"].until) == (None, 7)  # the last round
 
 
-@pytest.mark.parametrize("name", ["literal", "mcmahan", "quickstart", "two_way"])
+@pytest.mark.parametrize("name", ["literal", "mcmahan", "own_classes", "quickstart", "two_way"])
 def test_without_flags_a_preset_is_what_its_function_returns(name):
     assert same(setup(f"--flagfile={name}").experiment, getattr(presets, name)())
     assert same(setup(f"--preset={name}").experiment, getattr(presets, name)())
@@ -353,7 +353,7 @@ def test_parts_presets_and_measures_of_ones_own(own):
 
 def test_the_flag_files_are_what_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found from anywhere
-    assert options.file_names() == ["literal", "mcmahan", "quickstart", "two_way"]
+    assert options.file_names() == ["literal", "mcmahan", "own_classes", "quickstart", "two_way"]
     for name in options.file_names():
         found = parse(f"--flagfile={name}")
         assert (found.preset, found.driver.out) == (name, str(Path("results") / name))

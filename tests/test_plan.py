@@ -327,7 +327,7 @@ def test_a_combination_that_a_run_refuses_is_refused(grid, message):
 
 def test_presets_have_the_flags_that_fedavg_depends_on():
     """Nothing of the protection hides in what FedAvg is told by."""
-    for name in ("quickstart", "literal", "mcmahan", "two_way"):
+    for name in ("quickstart", "literal", "mcmahan", "two_way", "own_classes"):
         run = runs_of("seed=0", f"--preset={name}")[0]
         assert run.kind == "fedavg"
         bare = getattr(presets, name)()
