@@ -42,7 +42,7 @@ def page(
         "python -m experiments.run [--flagfile=FILE] [--FLAG=VALUE …] [--grid=FLAG=VALUE,VALUE …]",
         "Trains FedAvg and a scheme that protects the model, side by side; with --grid many runs.",
         "",
-        *textwrap.wrap(f"Flag files, read first: {', '.join(files)}, or a path of your own.", WIDTH),
+        *textwrap.wrap(f"Flag files, read first: {', '.join(files)}, or one of yours.", WIDTH),
         "A flag is called by its path as well: --scheme.calibrator.cap=0.5 is --cap=0.5.",
         "A part named where others are goes around them if it can (+), else it takes their place;",
         "a+b+c names all of them, the outermost first.",
