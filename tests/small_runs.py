@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK
 
 from experiments import run
 from experiments.sweep.prepare import Compiled, Lanes
@@ -187,11 +188,12 @@ class Processes:
             process.communicate()
 
     def start(self, *args: str, module: str = "experiments.run") -> subprocess.Popen[str]:
-        environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        quick = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()  # of the marked tests as well
+        own = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": quick}
         process = subprocess.Popen(
             [sys.executable, "-m", module, *args],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -173,6 +173,7 @@ def test_every_preset_lowers_for_every_platform(preset, target, platform):
         ("h100", "cifar10", 50, 1, 2),
         ("h100", "mcmahan", 100, 1, 3),
         ("h100", "mcmahan", 10, 64, 40),
+        ("h100", "resnet8", 50, 1, 3),
         ("v5e", "lenet", 10, 1, 1),
         ("v5e", "mcmahan", 10, 1, 4),
     ],

@@ -3,16 +3,13 @@ it that is killed in between."""
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_runs
-from small_runs import LIMIT, ROOT, wait
+from small_runs import LIMIT, ROOT, Processes, wait
 
 from experiments import frontier
 from experiments.frontier import CURVES, PARTITIONS, chosen, names, options, points
@@ -189,34 +186,6 @@ def test_help_is_a_page(capsys):
         assert frontier.HELP[name].split(";")[0] in " ".join(page.split())
 
 
-class Frontier:
-    """Starts it in processes; none outlives the test."""
-
-    def __init__(self, args: list[str]):
-        self.args, self.all = args, list[subprocess.Popen[str]]()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        for process in self.all:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-    def start(self, out: Path) -> subprocess.Popen[str]:
-        environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "-m", "experiments.frontier", *self.args, f"--out={out}"]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.all.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-        return self.all[-1]
-
-    def run(self, out: Path) -> None:
-        process = self.start(out)
-        err = process.communicate(timeout=LIMIT)[1]
-        assert process.returncode == 0, err
-
-
 @pytest.mark.slow
 def test_killed_in_the_middle_it_ends_with_the_same_frontier(tiny, tmp_path):
     args = [
@@ -226,17 +195,23 @@ def test_killed_in_the_middle_it_ends_with_the_same_frontier(tiny, tmp_path):
         "--calibrator=geometric", "--cpu_devices=1", *tiny,
     ]  # fmt: skip
     whole, out, json_file = tmp_path / "whole", tmp_path / "out", tmp_path / "rows.json"
-    with Frontier([*args, f"--json={json_file}"]) as drivers:
-        drivers.run(whole)
+    args.append(f"--json={json_file}")
+    with Processes() as processes:
+
+        def ends(out: Path) -> None:
+            code, err = processes.run(*args, f"--out={out}", module="experiments.frontier")
+            assert code == 0, err
+
+        ends(whole)
         wanted = (whole / "frontier.csv").read_bytes()
-        process = drivers.start(out)
+        process = processes.start(*args, f"--out={out}", module="experiments.frontier")
         assert wait(lambda: list(out.glob("runs/*/*/summary.json")), process)
         process.send_signal(signal.SIGKILL)
         assert process.wait(LIMIT) == -signal.SIGKILL
         assert not (out / "frontier.csv").exists()
-        drivers.run(out)
+        ends(out)
         assert (out / "frontier.csv").read_bytes() == wanted
-        drivers.run(out)  # nothing is left to do but to read
+        ends(out)  # nothing is left to do but to read
     assert (out / "frontier.csv").read_bytes() == wanted
     assert (out / "frontier.md").read_text() == (whole / "frontier.md").read_text()
     found = json.loads(json_file.read_text())

@@ -6,16 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from experiments.report import shares
-from experiments.report.figure1 import BLACK, GREY, SIZES, blank
+from experiments.report import owners, shares
 from experiments.report.results import DAMAGED
 from noisefl import protection
 from noisefl.errors import refuse
@@ -37,14 +32,6 @@ INSIDE = {
     "V1": ["V1"], "V2": ["V1", "V2"], "V3": ["V1", "V3"], "V4": ["V1", "V2", "V3", "V4"],
     "V5": ["V1", "V2", "V3", "V4", "V5"],
 }  # fmt: skip
-SEEN = {
-    "V1": "one client, one round", "V2": "one client, all its rounds",
-    "V3": "{} clients, one round", "V4": "{} clients, all their rounds",
-    "V5": "{} clients, and the owner's answers",
-}  # fmt: skip
-# Okabe and Ito's palette and markers: told apart by colour-blind readers, and in grey.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*X<>hd"
 NOTE = (
     "Owner O, best thief T of a view and scratch S on test, in %. λ = (T − S) / (O − S): 0 is "
     "nothing stolen, 1 all of it; – where O is not above S, so that there is nothing to steal, "
@@ -433,84 +420,19 @@ def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-@matplotlib.rc_context(SIZES)
 def pictures(best: Frame) -> dict[str, Figure]:
-    """Two for each data set, model and population: owner against best thief, a panel a partition
-    and view; and `shares.picture`."""
+    """Two for each data set, model and population: `owners.picture` and `shares.picture`."""
     found = {}
     schemes = [name for name in dict.fromkeys(best["scheme"]) if name != "none"]
-    looks: dict[str, dict[str, Any]] = {
-        name: {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
-        for n, name in enumerate(schemes)
-    }
     of_picture = [name for name in SETTING if name != "partition"]
     told = [n for n in of_picture if n == "num_clients" or best[n].nunique() > 1]
     for setting, of in best.groupby(of_picture, sort=True):
         said = dict(zip(of_picture, setting, strict=True))
-        # Of each view its largest coalition: the table has the others.
-        views = list(of.groupby("view", sort=True)["members"].max().items())
-        partitions = list(dict.fromkeys(of["partition"]))
-        figure = blank(1.2 + 2.5 * len(views), 1.3 + 2.3 * len(partitions), 150)
-        figure.set_label(
+        text = (
             f"{said['dataset']}, {said['model']}, K = {said['num_clients']}, "
             f"{said['server_images']} images at the server"
         )
-        axes = figure.subplots(len(partitions), len(views), squeeze=False, sharey="row")
-        for row, partition in enumerate(partitions):
-            for column, (view, members) in enumerate(views):
-                some = of[
-                    (of["partition"] == partition) & (of["view"] == view)
-                    & (of["members"] == members)
-                ]  # fmt: skip
-                _panel(axes[row, column], some, looks)
-                if row == 0:
-                    axes[row, column].set_title(f"{view}: {SEEN[view].format(members)}")
-                if row == len(partitions) - 1:
-                    axes[row, column].set_xlabel("best thief T, test accuracy")
-            axes[row, 0].set_ylabel(f"{partition}\nowner O, test accuracy")
-        handles = [Line2D([], [], lw=1.2, ms=5, label=name, **looks[name]) for name in schemes]
-        handles += [
-            Line2D([], [], color=BLACK, ls=(0, (5, 2)), lw=1, label="FedAvg's owner"),
-            Line2D([], [], color=GREY, ls=":", lw=1, label="the server alone"),
-            Line2D([], [], color=GREY, ls="-", lw=0.8, label="T = O: all is stolen"),
-            Patch(color="0.88", label="scratch S: nothing is stolen"),
-        ]
-        if of["failed"].any():
-            of_rest = "O without the runs that broke"
-            handles.append(
-                Line2D([], [], color=GREY, ls="", marker="o", mfc="white", label=of_rest)
-            )
-        wide = min(5, 1 + len(views))
-        figure.legend(handles=handles, loc="outside upper center", ncols=wide, frameon=False)
         name = "-".join(str(said[n]).replace("/", "_") for n in told)
-        found[f"frontier-{name}.png"] = figure
-        found[f"shares-{name}.png"] = shares.picture(of, f"λ of {figure.get_label()}")
+        found[f"frontier-{name}.png"] = owners.picture(of, schemes, text)
+        found[f"shares-{name}.png"] = shares.picture(of, f"λ of {text}")
     return found
-
-
-def _panel(axes: Axes, some: Frame, looks: Mapping[str, dict[str, Any]]) -> None:
-    low = np.nanmin([some["scratch_low"].min(), some["thief_accuracy"].min()]) - 0.03
-    span = (
-        some["scratch_low"].min(),
-        max(some["scratch_high"].max(), some["scratch_low"].min() + 0.004),
-    )
-    axes.axvspan(*span, color="0.88", lw=0, zorder=0)
-    axes.axhline(some["fedavg"].mean(), color=BLACK, ls=(0, (5, 2)), lw=1)
-    axes.axhline(some["server_alone"].mean(), color=GREY, ls=":", lw=1)
-    axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, zorder=1)
-    for name, look in looks.items():
-        curve = some[some["scheme"] == name].sort_values("strength")
-        axes.plot(curve["thief_accuracy"], curve["owner"], lw=1.2, ms=5, **look)
-        broke = curve[curve["owner"].isna()]
-        if len(broke):
-            axes.plot(
-                broke["thief_accuracy"], broke["owner_of_rest"], ls="", ms=5, mfc="white", **look
-            )
-    axes.set_xlim(max(low, 0), 1.005)
-    lowest = (
-        some[["owner_of_rest", "fedavg", "server_alone"]].min().min()
-    )  # of those that did not break
-    axes.set_ylim(max(lowest - 0.03, 0), 1.005)
-    axes.grid(color="0.93", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

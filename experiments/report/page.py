@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.report import frontier, markup, table
+from experiments.report import frontier, markup, owners, table
 from experiments.report.markup import Html
 from experiments.report.results import Frame, Row, Sweep, last_part, shown
 from experiments.sweep.provenance import git_revision
@@ -50,7 +50,7 @@ FRONTIER_COLUMNS = {  # of frontier.md
     "it, less than 0 worse than without the copy. In square brackets: its 95 % interval.",
     "thief": "An attack, in the smallest view that it needs.",
     "view": "What a thief has seen, V1 to V5, and of coalitions how many clients pool it.",
-    **{view: f"{seen.format('several')}." for view, seen in frontier.SEEN.items()},
+    **{view: f"{seen.format('several')}." for view, seen in owners.SEEN.items()},
     "FedAvg": "The owner of the same training without protection.",
     "the server alone": "A model trained on nothing but the server's own images: federated "
     "learning is worth what it is above that.",

@@ -9,15 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.report.figure1 import GREY, SIZES, blank
+from experiments.report.owners import SEEN
 
 Frame = Any
 
 COLOURS = {"V1": "#0072b2", "V2": "#56b4e9", "V3": "#d55e00", "V4": "#cc79a7"}
 MARKERS = {"V1": "o", "V2": "^", "V3": "s", "V4": "D"}
-SAID = {
-    "V1": "one client, one round", "V2": "one client, all its rounds",
-    "V3": "{} clients, one round", "V4": "{} clients, all their rounds",
-}  # fmt: skip
 EDGE = 0.3  # beyond 0 and 1 what a thief has is drawn at the edge
 
 
@@ -36,7 +33,7 @@ def picture(best: Frame, said: str) -> Figure:
     partitions = list(dict.fromkeys(best["partition"]))
     of_view = best.groupby("view")["members"]
     members = {**of_view.max().to_dict(), **{"V3": int(of_view.min().get("V3", 0))}}
-    views = [(view, members[view]) for view in SAID if members.get(view)]
+    views = [(view, members[view]) for view in MARKERS if members.get(view)]
     figure = blank(3.2 + 2.9 * len(partitions), 1.1 + 0.62 * len(schemes), 150)
     figure.set_label(said)
     panels = figure.subplots(1, len(partitions), squeeze=False)[0]
@@ -64,7 +61,7 @@ def picture(best: Frame, said: str) -> Figure:
         axes.set_title(f"{partition}: FedAvg {_percent(some['fedavg'].mean())}")
         axes.set_xlabel("λ: 0 nothing is stolen, 1 all of it")
     handles = [
-        Line2D([], [], color=COLOURS[view], marker=MARKERS[view], ls="", label=SAID[view].format(n))
+        Line2D([], [], color=COLOURS[view], marker=MARKERS[view], ls="", label=SEEN[view].format(n))
         for view, n in views
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(views), frameon=False)
