@@ -1,6 +1,7 @@
 """Strict settings for all tests, and the tiny federation that several of them run on."""
 
 import os
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -13,18 +14,20 @@ from flax import linen as nn
 
 from noisefl.data import Federation, Images
 
-# Compiles in a third of the time, here and in the processes that tests start. What users get, XLA's
-# default, is compared with it where that matters, and is what the marked tests run.
+# Compiles in a third of the time, here and in the processes that tests start.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
+# What users get, XLA's default, is compared with it where that matters: options of one compilation,
+# or the environment of a process.
+DEFAULT: Any = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+USERS = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 
 
 def pytest_configure(config):
     """XLA reads its flags when a device is first used, which is after this."""
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+    os.environ["XLA_FLAGS"] = f"{USERS['XLA_FLAGS']} {QUICK}".strip()
 
 
 jax.config.update("jax_legacy_prng_key", "error")  # typed keys only

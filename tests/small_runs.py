@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK
 
 from experiments import run
 from experiments.sweep.prepare import Compiled, Lanes
@@ -188,12 +187,11 @@ class Processes:
             process.communicate()
 
     def start(self, *args: str, module: str = "experiments.run") -> subprocess.Popen[str]:
-        quick = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()  # of the marked tests as well
-        own = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": quick}
+        environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         process = subprocess.Popen(
             [sys.executable, "-m", module, *args],
             cwd=ROOT,
-            env={**os.environ, **own},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from bench_flags import check_refusals
+from conftest import USERS
 from jax import export
 
 import noisefl
@@ -186,7 +188,8 @@ def test_it_compiles_and_fits(target, workload, clients, lanes, gigabytes, tmp_p
     flags = {"target": target, "workloads": workload, "clients": clients, "lanes": lanes}
     command = [sys.executable, "-m", "experiments.bench_compile"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    subprocess.run([*command, f"--json={tmp_path / 'found.json'}"], check=True, timeout=600)
+    command.append(f"--json={tmp_path / 'found.json'}")
+    subprocess.run(command, check=True, timeout=900, env={**os.environ, **USERS})
     [found] = json.loads((tmp_path / "found.json").read_text())
     assert (found["target"], found["workload"]) == (target, workload)
     assert (found["clients"], found["lanes"]) == (clients, lanes)

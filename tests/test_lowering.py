@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import DEFAULT
 
 from noisefl.models import Lowering, convolve, winograd
 from noisefl.models.convolution import ANY, PLAIN
@@ -21,8 +22,8 @@ U = 2.0**-24
 CONVS = ["patches", "winograd", "lax", "auto"]
 
 
-def run(function, *inputs) -> Any:
-    return jax.tree.map(np.asarray, jax.jit(function)(*inputs))
+def run(function, *inputs, options: Any = None) -> Any:
+    return jax.tree.map(np.asarray, jax.jit(function, compiler_options=options)(*inputs))
 
 
 def uniform(seed: int, *shape: int) -> np.ndarray:
@@ -178,7 +179,7 @@ def test_convolution_and_its_gradients(conv, case):
 def test_convolution_as_xla_compiles_by_default(conv):
     """One of Winograd's then takes 8 s; the others here are compiled quickly (conftest.py)."""
     case = CASES[3]
-    found = run(forward_and_back(conv, case[1]), *arrays(case))
+    found = run(forward_and_back(conv, case[1]), *arrays(case), options=DEFAULT)
     close(found, expected(case), bounds(conv, case))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import DEFAULT
 
 import noisefl
 from noisefl import calibrate, keys, noise, optimizers, parts, schemes, server
@@ -76,8 +77,7 @@ def test_what_users_compile_is_what_the_tests_compile():
     """In XLA's default options; all other tests compile quickly."""
     experiment = fed.experiment(**FIXED)
     inputs = (fed.KEY, fed.start(), DATA, experiment)
-    users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    compiled = jax.jit(noisefl.step).lower(*inputs).compile(compiler_options=users)
+    compiled = jax.jit(noisefl.step).lower(*inputs).compile(compiler_options=DEFAULT)
     first = compiled(*inputs)
     fed.assert_same(compiled(*inputs), first)
     after, info = fed.step(*inputs)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import many_lanes
 import numpy as np
 import pytest
+from conftest import USERS
 from many_lanes import CHUNK, MEASURE, ROUNDS
 
 from noisefl import keys, layout, mesh, optimizers, parts, simulate, sweep
@@ -242,14 +243,14 @@ def test_what_a_program_says_of_itself(compiled, grid, on):
     assert known < compiled.bytes_a_device < 10 * known
 
 
-def on_four_devices(which: str, file: Path) -> Any:
-    """(states, numbers) of `four_devices.py` by name."""
+def on_four_devices(which: str, file: Path, **more: str) -> Any:
+    """(states, numbers) of `four_devices.py` by name, with more in its environment."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": path}
     found = subprocess.run(
         [sys.executable, here / "four_devices.py", which, file],
-        env={**os.environ, **own},
+        env={**os.environ, **own, **more},
         capture_output=True,
         text=True,
         timeout=300,
@@ -266,14 +267,14 @@ def test_lanes_over_two_devices_and_clients_over_two(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_xla_compiles_by_default_a_lane_is_its_single_run_to_the_bit(alone, on, tmp_path):
+def test_as_xla_compiles_by_default_a_lane_is_its_single_run_to_the_bit(tmp_path):
     """On one device, and over four; there but for one ratio of sums that is only reported."""
-    wanted = many_lanes.by_name(jax.tree.map(lambda *each: np.stack(each), *alone))
-    assert_same(many_lanes.by_name(many_lanes.swept(on=on)), wanted)
-    found = on_four_devices("lanes", tmp_path / "results.npz")
+    wanted, one, four = (on_four_devices(which, tmp_path / "results.npz", **USERS)
+                         for which in ("alone", "one", "lanes"))  # fmt: skip
+    assert_same(one, wanted)
     (ratio,) = (name for name in wanted if name.endswith("['relative_strength']"))
-    np.testing.assert_allclose(found.pop(ratio), wanted.pop(ratio), **CLOSE)
-    assert_same(found, wanted)
+    np.testing.assert_allclose(four.pop(ratio), wanted.pop(ratio), **CLOSE)
+    assert_same(four, wanted)
 
 
 def test_a_model_of_two_functions_has_lanes_too(on):
