@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 import noisefl
 from experiments.bench import command, figures
 from experiments.bench.figures import CAP, strength_ratio
 from experiments.bench.judge import Judge, make_judge
+from experiments.command import end_with_flags
 from experiments.sweep import options
 from noisefl import (
     Experiment,
@@ -293,4 +294,4 @@ def whole_runs(compiled: Compiled, seeds: int, judge: Judge) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
@@ -23,6 +23,7 @@ from experiments.bench import command, targets
 from experiments.bench.kernels import bytes_of, of_chunk
 from experiments.bench.targets import TARGETS, Target
 from experiments.bench.workloads import WORKLOADS, Workload, operations
+from experiments.command import end_with_flags
 from noisefl import (
     Cohort,
     Experiment,
@@ -238,4 +239,4 @@ def lines(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from experiments.bench import command
+from experiments.command import end_with_flags
 from experiments.sweep.options import find_file
 from experiments.sweep.provenance import provenance
 from noisefl import mesh
@@ -113,4 +114,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

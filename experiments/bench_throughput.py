@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from rich.table import Table
 from experiments.bench import command
 from experiments.bench.peers import PEERS, chosen, started
 from experiments.bench.workloads import WORKLOADS, compiled, operations, split_cpu
+from experiments.command import end_with_flags
 from noisefl import Strategy, evaluate
 from noisefl.errors import nearest, refuse
 
@@ -192,4 +193,4 @@ def table(result: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

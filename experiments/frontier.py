@@ -16,7 +16,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from typing import Any
 from absl import flags
 
 from experiments import run
+from experiments.command import complain, end
 from experiments.flags.grid import MOST, parse_axis
 from experiments.report import frontier as reported
 from experiments.report import page
 from experiments.sweep import hosts
 from experiments.sweep.options import CommandLine, find_file, named, parse, read_file
 from experiments.sweep.plan import plan
-from experiments.sweep.progress import complain
 from noisefl.errors import nearest, refuse
 
 
@@ -155,6 +154,8 @@ def main(argv: list[str]) -> int:
         if given["json"]:
             Path(given["json"]).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         complain(str(error), "experiments.frontier")
         return 2
@@ -309,4 +310,4 @@ def names(command: CommandLine) -> dict[str, tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main)

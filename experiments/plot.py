@@ -1,11 +1,11 @@
-"""`python -m experiments.plot FOLDER … --out=both.png`: several runs side by side."""
+"""`python -m experiments.plot FOLDER … [--out=both.png]`: several runs side by side."""
 
-import sys
 from pathlib import Path
 
 from absl import flags
 from matplotlib.figure import Figure
 
+from experiments.command import BAD_INPUT, complain, end, helped
 from experiments.report.figure1 import draw, read_panel
 from noisefl.errors import refuse
 
@@ -17,14 +17,20 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("out", "figure.png", "the picture to write", flag_values=values)
     values.set_gnu_getopt()  # flags may follow the folders
+    if helped(argv, __doc__, values):
+        return 0
     try:
         folders = values(argv)[1:]
         if not folders:
             raise ValueError(USAGE)
-        write(draw([read_panel(Path(folder)) for folder in folders]), str(values["out"].value))
+        out = str(values["out"].value)
+        write(draw([read_panel(Path(folder)) for folder in folders]), out)
+        print(f"{out} shows {len(folders)} run{'s' * (len(folders) > 1)}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, flags.Error) as error:
-        print("experiments.plot:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        complain(str(error), "experiments.plot")
+        return BAD_INPUT
     return 0
 
 
@@ -41,4 +47,4 @@ def write(figure: Figure, out: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main)

@@ -12,11 +12,12 @@ import tempfile
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from experiments.bench import command
 from experiments.bench.workloads import WORKLOADS, compiled, split_cpu
+from experiments.command import end_with_flags
 from noisefl import Strategy
 
 _WORKLOAD = flags.DEFINE_enum("workload", "mcmahan", list(WORKLOADS), "which")
@@ -74,4 +75,4 @@ def group(op_name: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

@@ -17,12 +17,14 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments.sweep import hosts, interrupt
+from experiments import interrupt
+from experiments.command import complain, end
+from experiments.sweep import hosts
 from experiments.sweep.execute import Sweep, run_group
 from experiments.sweep.options import CommandLine, parse
 from experiments.sweep.plan import Run, groups, plan
 from experiments.sweep.prepare import compilation_cache, forget, prepare
-from experiments.sweep.progress import Progress, complain
+from experiments.sweep.progress import Progress
 from experiments.sweep.provenance import provenance
 from experiments.sweep.store import Store, check, is_complete
 from experiments.sweep.summary import table
@@ -39,6 +41,8 @@ def main(argv: list[str]) -> int:
             return 0
         command.driver.start_devices()
         return run(command, again)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         complain(str(error))
         return _leave(2)
@@ -183,4 +187,4 @@ def _leave(code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main)

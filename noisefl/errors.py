@@ -34,6 +34,7 @@ def whole(name: str, value: Any, low: float, high: float, allowed: str) -> int:
 def nearest(value: str, choices: Sequence[str]) -> str:
     """`"must be one of a, b, c"`, with the closest of them where `value` looks like a typo of
     it."""
-    close = difflib.get_close_matches(value, choices, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(value.lower(), list(by_lower), n=1)
+    hint = f" (did you mean {by_lower[close[0]]}?)" if close else ""
     return f"must be one of {', '.join(choices)}{hint}"

@@ -439,7 +439,7 @@ def test_the_picture_of_shares_says_what_the_table_says(made):
         np.testing.assert_allclose(sorted(shown), np.clip(sorted(wanted["lambda"]), -0.3, 1.3))
         assert f"owner {100 * middle['owner'].iloc[0]:.1f}" in axes.get_yticklabels()[0].get_text()
     gone = best.assign(**{"lambda": np.nan})
-    for failed, why in ((0, "the owner is not above scratch"), (1, "a run broke down")):
+    for failed, why in ((0, "nothing to steal: owner not above scratch"), (1, "a run broke down")):
         for axes in shares.picture(gone.assign(failed=failed), "").axes:
             assert [text.get_text() for text in axes.texts] == [why]
             assert not [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]

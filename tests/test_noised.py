@@ -269,7 +269,7 @@ def test_the_cap_on_a_coalition_raises_the_strength():
 
 def test_what_does_not_go_together_is_refused():
     place = fed.TINY.functions, fed.IMAGE, fed.TINY.cohort
-    with pytest.raises(ValueError, match=r"^signs='opposite': two clients have W"):
+    with pytest.raises(ValueError, match=r"^signs='opposite': two clients average it away"):
         schemes.Noised(coalition=2.0).fit(*place)
     schemes.Noised(coalition=2.0, signs="same").fit(*place)
     with pytest.raises(ValueError, match=r"^clients_per_round=4: each of the two groups needs"):

@@ -211,6 +211,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         report.replace(file, breaks)
     assert file.read_text() == "old"
+    assert [one.name for one in file.parent.iterdir()] == [file.name]
     report.replace(file, lambda path: path.write_text("new"))
     assert file.read_text() == "new"
 
@@ -225,7 +226,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "usage: python -m experiments.report OUT" in one_line(capsys)
     assert "usage:" in one_line(capsys, "a", "b")
     assert "tensorbord" in one_line(capsys, "a", "--tensorbord=b")
-    assert "out='nowhere': holds no sweep" in one_line(capsys, "nowhere")
+    assert "out='nowhere': is no folder" in one_line(capsys, "nowhere")
     no_list = '{"grid": {"cap": 0.4}, "runs": {}}'
     for name, text in (("config.json", "[]"), *(("sweep.json", s) for s in ("{", "[]", no_list))):
         (tmp_path / name).write_text(text)

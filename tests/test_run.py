@@ -258,7 +258,7 @@ def test_what_does_not_fit_in_memory_is_a_line(tiny, tmp_path, monkeypatch, caps
 def test_signals_do_not_wait_for_a_long_call():
     script = (
         "import time\n"
-        "from experiments.sweep.interrupt import exit_at_once\n"
+        "from experiments.interrupt import exit_at_once\n"
         "with exit_at_once(lambda: print('bye', flush=True)):\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"  # is taken up again after a signal, like a call of the device

@@ -123,7 +123,7 @@ def test_views_of_many_rounds_know_the_last(tiny, tmp_path, capsys):
         ),
         ("--singles=5000", "singles=5000: must be a whole number, at least 1 and at most 1000"),
         ("--singles=0", "singles=0: must be a whole number, at least 1"),
-        ("--coalition=2", "signs='opposite': two clients have W"),
+        ("--coalition=2", "signs='opposite': two clients average it away"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, capsys, flag, wanted):

@@ -114,7 +114,7 @@ def test_the_table_has_the_owner_beside_the_cap():
     assert "97.00 %" in lines["FedAvg accuracy"]
     assert "2.00" in lines["gap, points"]
     assert lines["rounds over the cap of 60.00 %"].split("│")[2:4] == ["       2 ", "          0 "]
-    assert "80.00 %" in lines["highest shared accuracy"]
+    assert "80.00 %" in lines["best copy that was handed out"]
 
 
 def test_the_table_leaves_out_what_there_is_not():
@@ -200,14 +200,17 @@ def test_the_table_says_what_thieves_come_to():
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     lines = [" ".join(part.split()) for part in text.splitlines()]
     for wanted in (
-        "best thief with one copy (fine tune) │ 70.00 % │ 95.00 %",
-        "best of 2 colluding clients (average) │ 75.00 % │ 96.00 %",
-        "best of 5 colluding clients (fine tune) │ 70.00 % │ 95.00 %",
+        "best thief with one copy (fine tune) │ 70.00 % │ 0.58",
+        "best of 2 colluding clients (average) │ 75.00 % │ 0.56",
+        "best of 5 colluding clients (fine tune) │ 70.00 % │ –",
         "without a copy, one client's images │ 35.00 %",
         "without a copy, the images of 2 clients │ 50.00 %",
         "the server alone, its own images │ 80.00 %",
     ):
         assert any(wanted in one for one in lines), wanted
+    above = [*SIDE, *OWN, stolen("scratch", "V1", 2.6, run="fedavg", which=2)]  # the mean is 1.1
+    console.print(table(summarise(both(), 0.6, 10, 6, above), 3, "out"))
+    assert "(fine tune) │ 70.00 % │ nothing to steal" in " ".join(console.file.getvalue().split())  # pyright: ignore
 
 
 class Row(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
+from experiments.command import BAD_INPUT, complain
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,8 @@ def checked(name: str, argv: list[str], check: Callable[[], T], file: str | None
             Path(file).touch()
         return found
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"experiments.{name}: {error}")
+        complain(str(error), f"experiments.{name}")
+        sys.exit(BAD_INPUT)
 
 
 def write(file: str | None, results: Any) -> None:

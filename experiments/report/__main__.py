@@ -14,8 +14,10 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
+from experiments.command import BAD_INPUT, complain, end, helped
 from experiments.report import figures, page, results, table, tensorboard
 
+WIDE = 500  # of a line for other programs, in which no cell is folded
 USAGE = "usage: python -m experiments.report OUT [--html] [--tensorboard=DIR]"
 
 
@@ -25,6 +27,8 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("tensorboard", "", "folder for event files", flag_values=values)
     flags.DEFINE_bool("html", False, "one page with everything in it", flag_values=values)
     values.set_gnu_getopt()  # flags may follow the folder
+    if helped(argv, __doc__, values):
+        return 0
     try:
         folders = values(argv)[1:]
         if len(folders) != 1:
@@ -32,9 +36,11 @@ def main(argv: list[str]) -> int:
         command = shlex.join(["python", "-m", "experiments.report", *argv[1:]])
         wanted = command if values["html"].value else ""
         return report(Path(folders[0]), str(values["tensorboard"].value), wanted)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, flags.Error) as error:
-        print("experiments.report:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        complain(str(error), "experiments.report")
+        return BAD_INPUT
 
 
 def report(folder: Path, event_folder: str = "", command: str = "") -> int:
@@ -74,7 +80,8 @@ def report(folder: Path, event_folder: str = "", command: str = "") -> int:
     if event_folder:
         tensorboard.export(sweep, event_folder)
         written.append(f"event files of {sum(sweep.runs.complete)} runs in {event_folder}")
-    console = Console(highlight=False)
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(highlight=False, width=None if told else WIDE)
     table.show(console, sweep, found)
     for line in table.failures(sweep):
         console.print(f"failed: {line}", soft_wrap=True, markup=False)
@@ -87,9 +94,12 @@ def report(folder: Path, event_folder: str = "", command: str = "") -> int:
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Replaces a file in one step: a reader, or a kill, sees the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
-    write(new)
-    os.replace(new, path)
+    try:
+        write(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # of a disk that is full
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main)

@@ -126,7 +126,7 @@ def draw(panels: Sequence[Panel]) -> Figure:
         if above.max() > 30 * above.min():  # NaN of none is no decades
             strength.set_yscale("log")
         else:
-            strength.set_ylim(bottom=0)
+            strength.set_ylim(0, 1.1 * np.fmax(alike["strength"].max(), 1e-6))
         accuracy.set_title(panel.title)
         accuracy.label_outer()
     axes[0, 0].set_ylabel("test accuracy")

@@ -86,6 +86,9 @@ def read(folder: Path) -> Sweep:
             [[runs[path][name] for name in columns] for path in places], list(places), columns
         ).loc[sorted(places, key=lambda path: places[path])]
         table = table.astype({"cap": float, "baseline": object, "grid": object})
+    except FileNotFoundError:
+        what = "holds no sweep and no run" if folder.is_dir() else "is no folder"
+        raise refuse("out", str(folder), what) from None
     except DAMAGED as error:
         raise refuse("out", str(folder), f"holds no sweep and no run ({error!r})") from None
     table["folder"] = [folder if single else folder / path for path in table.index]

@@ -64,7 +64,9 @@ def picture(best: Frame, said: str) -> Figure:
         Line2D([], [], color=COLOURS[view], marker=MARKERS[view], ls="", label=SEEN[view].format(n))
         for view, n in views
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(views), frameon=False)
+    said = "hollow: beyond the edge; none: no λ"
+    handles.append(Line2D([], [], color=GREY, mfc="white", ls="", marker="o", label=said))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
 
 
@@ -87,7 +89,7 @@ def _point(axes: Axes, at: float, view: str, one: Any) -> None:
 
 def _why(first: Any) -> str:
     """What there is no λ for."""
-    return "a run broke down" if first["failed"] else "the owner is not above scratch"
+    return "a run broke down" if first["failed"] else "nothing to steal: owner not above scratch"
 
 
 def _owner(curve: Frame) -> str:

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from jax import lax
 
 import noisefl
+from experiments.command import BAD_INPUT, complain, end, helped
 from noisefl import Experiment, Federation, evaluate, keys, noise, presets
 from noisefl.data import PARTITIONS
 from noisefl.local import Own
@@ -60,11 +61,14 @@ def options(argv: list[str]) -> dict[str, Any]:
     flags.DEFINE_enum("partition", "iid", PARTITIONS, "of the images", flag_values=values)
     for name, default, of in (("seeds", 3, "runs of each"), ("rounds", 5, "protected rounds")):
         flags.DEFINE_integer(name, default, of, lower_bound=1, flag_values=values)
+    if helped(argv, __doc__, values):
+        sys.exit(0)
     try:
         if rest := values(argv)[1:]:
             raise flags.Error(f"unexpected argument {rest[0]!r}")
     except flags.Error as error:
-        sys.exit(f"experiments.studies.early_noise: {' '.join(str(error).split())}")
+        complain(str(error), "experiments.studies.early_noise")
+        sys.exit(BAD_INPUT)
     return values.flag_values_dict()
 
 
@@ -186,4 +190,4 @@ def line(layers: str, rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    end(main)

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 import noisefl
+from experiments.bench.command import checked
+from experiments.command import end_with_flags
 from noisefl import Experiment, Federation, State, models
 from noisefl.local import SGD, Training
 
@@ -32,8 +34,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 60, "give up after so many", lower_boun
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    checked("studies.fedavg", argv, lambda: None)
     seeds = [int(seed) for seed in _SEEDS.value]
     runs = [run(seeds[0], float(rate), _TRIAL.value) for rate in _RATES.value]
     best = max(runs, key=lambda result: result["curve"][-1]["validation"])
@@ -77,4 +78,4 @@ def run(seed: int, rate: float, most: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    end_with_flags(main)

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ import pandas as pd
 from absl import flags
 
 from experiments import run
+from experiments.command import complain, end, helped
 from experiments.report import frontier as reported
 from experiments.sweep.options import CommandLine, parse
 from experiments.sweep.plan import plan
-from experiments.sweep.progress import complain
 from noisefl.errors import refuse
 
 COMPILED = {  # what a program is compiled for
@@ -59,7 +58,10 @@ def main(argv: list[str]) -> int:
     name = "experiments.studies.readings"
     again = "go on with: " + shlex.join(["python", "-m", name, *argv[1:]])
     try:
-        phase, out, rest = options(argv)
+        given = options(argv)
+        if given is None:
+            return 0
+        phase, out, rest = given
         here = out / phase
         chosen = screened(out) if phase == "settle" else fraction()
         command = planned(phase, chosen, here, rest)
@@ -73,6 +75,8 @@ def main(argv: list[str]) -> int:
         (out / f"{phase}.md").write_text(text)
         print(text)
         return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         complain(str(error), name)
         return 2
@@ -81,11 +85,14 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def options(argv: list[str]) -> tuple[str, Path, list[str]]:
-    """Phase, folder and the driver's flags. Raises ValueError about one that is wrong."""
+def options(argv: list[str]) -> tuple[str, Path, list[str]] | None:
+    """Phase, folder and the driver's flags; None after --help. Raises ValueError about a flag that
+    is wrong."""
     values = flags.FlagValues()
     flags.DEFINE_enum("phase", "screen", list(PHASES), "of the study", flag_values=values)
     flags.DEFINE_string("out", "results/readings", "folder of the study", flag_values=values)
+    if helped(argv, __doc__, values):
+        return None
     try:
         rest = values(argv, known_only=True)[1:]
     except flags.Error as error:
@@ -243,4 +250,4 @@ def _stolen(best: Sequence[Mapping[Any, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main)

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.command import complain
 from experiments.flags.fields import described
 from experiments.sweep import hosts
 from experiments.sweep.options import CommandLine
 from experiments.sweep.plan import Run, batch_name, batches
 from experiments.sweep.prepare import Compiled, Lanes
-from experiments.sweep.progress import Progress, complain
+from experiments.sweep.progress import Progress
 from experiments.sweep.store import Row, Store
 from experiments.sweep.summary import summarise
 from noisefl import mesh, simulate

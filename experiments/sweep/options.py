@@ -99,7 +99,8 @@ class Driver(Part):
             try:
                 hosts.initialize(self.coordinator or None, self.num_processes, self.process_id)
             except (RuntimeError, ValueError) as error:
-                raise refuse("distributed", True, f"the processes did not meet: {error}") from None
+                allowed = f"the processes did not meet, by --coordinator=HOST:PORT or else: {error}"
+                raise refuse("distributed", True, allowed) from None
 
 
 # Flags that a run has and a sweep has only once, and why.

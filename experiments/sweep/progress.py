@@ -1,6 +1,5 @@
 """What a person sees while runs go on: bars in a terminal, now and then a line elsewhere."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,10 +56,11 @@ class Progress:
         self._batch = self._bars.add_task("batch", total=rounds, unit="rounds", visible=False)
         self._values = Text()
         self._live = Live(Group(self._bars, self._values), console=self._console)
+        self._animated = self._console.is_terminal and not self._console.is_dumb_terminal
         self._size, self._at, self._printed = 0, 0, 0.0
 
     def __enter__(self):
-        if self._console.is_terminal:
+        if self._animated:
             self._live.start()
         return self
 
@@ -122,7 +122,7 @@ class Progress:
         self._bars.update(self._group, advance=runs)
 
     def _show(self, line: str, now: bool = False) -> None:
-        if self._console.is_terminal:
+        if self._animated:
             self._values.plain = line
             return
         due = time.monotonic() - self._printed >= self._every
@@ -166,9 +166,3 @@ def values(number: int, rounds: int, kinds: Sequence[str], columns: Mapping[str,
 def _span(accuracies: Any) -> str:
     low, high = np.min(accuracies), np.max(accuracies)
     return f"{low:.3f}" if len(accuracies) == 1 else f"{low:.3f} to {high:.3f}"
-
-
-def complain(message: str, program: str = "experiments.run") -> None:
-    """One line on standard error, in one piece: other threads write there as well."""
-    sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
-    sys.stderr.flush()

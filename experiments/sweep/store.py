@@ -215,6 +215,7 @@ def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | Non
     if differing and (single or missing):
         name = differing[0]
         allowed = f"{what} {options.get(name)!r}, and may not change it; give another --out"
+        allowed += ", or remove that folder"
         raise refuse(name, here.get(name), allowed)
     if single and options["rounds"] > here["rounds"]:
         raise refuse("rounds", here["rounds"], f"{what} {options['rounds']}; it may only grow")

@@ -179,12 +179,12 @@ def table(summary: Row, seed: int, out: str) -> Table:
     protected = f"of {summary['protected_rounds']} protected rounds"
     result.add_row(protected, *splits, style="dim")
     highest = (_percent(summary[f"shared_accuracy_max_{s}"]) for s in splits)
-    result.add_row("highest shared accuracy", *highest)
+    result.add_row("best copy that was handed out", *highest)
     if summary["cap"] is not None:
         over = (str(summary[f"rounds_over_cap_{s}"]) for s in splits)
         result.add_row(f"rounds over the cap of {_percent(summary['cap'])}", *over)
     if stolen := summary.get("thieves"):
-        _add_thieves(result, stolen)
+        _add_thieves(result, stolen, summary["owner_accuracy_final"])
     result.add_section()
     result.add_row("infeasible rounds", str(summary["infeasible_rounds"]), "")
     result.add_row("clients' own models, mean", _percent(summary["local_accuracy_mean"]), "")
@@ -195,23 +195,32 @@ def table(summary: Row, seed: int, out: str) -> Table:
     return result
 
 
-def _add_thieves(result: Table, stolen: Row) -> None:
-    """What thieves come to in the end, beside what they have without any copy."""
+def _add_thieves(result: Table, stolen: Row, owner: float | None) -> None:
+    """What thieves come to in the end, which share of the model that is, and what they have without
+    any copy."""
     result.add_section()
-    result.add_row("in the end, on test", "accuracy", "at best", style="dim")
+    result.add_row("in the end, on test", "accuracy", "stolen, λ", style="dim")
 
-    def add(label: str, row: Row) -> None:
+    def add(label: str, row: Row, members: int) -> None:
         name = "none" if row["thief"] is None else row["thief"].replace("_", " ")
-        result.add_row(f"{label} ({name})", *(_percent(row[which]) for which in ACCURACIES))
+        share = _share(owner, row["accuracy"], stolen["scratch"].get(str(members)))
+        result.add_row(f"{label} ({name})", _percent(row["accuracy"]), share)
 
-    add("best thief with one copy", stolen["one_copy"])
+    add("best thief with one copy", stolen["one_copy"], 1)
     for row in stolen["coalitions"]:
-        add(f"best of {row['members']} colluding clients", row)
+        add(f"best of {row['members']} colluding clients", row, row["members"])
     for members, accuracy in stolen["scratch"].items():
         data = "one client's images" if members == "1" else f"the images of {members} clients"
         result.add_row(f"without a copy, {data}", _percent(accuracy), "")
     if stolen["server_alone"] is not None:
         result.add_row("the server alone, its own images", _percent(stolen["server_alone"]), "")
+
+
+def _share(owner: float | None, thief: float | None, scratch: float | None) -> str:
+    """λ of one seed, (T − S) / (O − S)."""
+    if owner is None or thief is None or scratch is None:
+        return "–"
+    return f"{(thief - scratch) / (owner - scratch):.2f}" if owner > scratch else "nothing to steal"
 
 
 def _percent(accuracy: float | None) -> str:

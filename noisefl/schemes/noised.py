@@ -212,7 +212,8 @@ class Noised(Calibrated):
 
     def fit(self, model: Functions, image_shape: tuple[int, int, int], cohort: Cohort) -> None:
         if self.coalition is not None and (self.own, self.signs) == ("absent", "opposite"):
-            allowed = "two clients have W, and no coalition a cap: must be same, or own another one"
+            allowed = "two clients average it away, so that no coalition can have a cap: "
+            allowed += "must be same, or own fresh or sticky"
             raise refuse("signs", self.signs, allowed)
         fewest = self.common_draws if self.own == "absent" or self.common_draws > 1 else 0
         if min(cohort.sizes) < fewest:

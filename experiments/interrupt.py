@@ -7,13 +7,17 @@ and a thread that reads from it can act. Nothing needs cleaning up: a run folder
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_until_the_end = contextlib.ExitStack()  # never left
+GO_ON = ("experiments.run", "experiments.frontier", "experiments.studies.readings")
 
 
 @contextlib.contextmanager
@@ -36,8 +40,9 @@ def exit_at_once(last_words: Callable[[], None]) -> Iterator[None]:
                 finally:
                     os._exit(EXIT_CODE)
 
-    # Without a Python handler the C code would write nothing.
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    # Without a Python handler the C code would write nothing. What is ignored stays so (`nohup`).
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
@@ -50,3 +55,21 @@ def exit_at_once(last_words: Callable[[], None]) -> Iterator[None]:
         writer.close()
         watcher.join()
         reader.close()
+
+
+def from_the_start(command: Sequence[str]) -> None:
+    """Until the process ends: one line that says how to go on, also while modules are imported.
+
+    Args:
+      command: `sys.orig_argv` of `python -m NAME …`.
+    """
+    name, *args = command[list(command).index("-m") + 1 :]
+    line = f"{name}: interrupted"
+    if name in GO_ON:
+        line += f"; go on with: {shlex.join(['python', '-m', name, *args])}"
+
+    def last_words() -> None:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+    _until_the_end.enter_context(exit_at_once(last_words))
