@@ -243,13 +243,13 @@ def test_what_a_program_says_of_itself(compiled, grid, on):
     assert known < compiled.bytes_a_device < 10 * known
 
 
-def on_four_devices(which: str, file: Path, **more: str) -> Any:
-    """(states, numbers) of `four_devices.py` by name, with more in its environment."""
+def on_devices(which: str, file: Path, number: int = 4, **more: str) -> Any:
+    """(states, numbers) of `devices.py` by name, with more in its environment."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": path}
+    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(number), "PYTHONPATH": path}
     found = subprocess.run(
-        [sys.executable, here / "four_devices.py", which, file],
+        [sys.executable, here / "devices.py", which, file],
         env={**os.environ, **own, **more},
         capture_output=True,
         text=True,
@@ -261,7 +261,7 @@ def on_four_devices(which: str, file: Path, **more: str) -> Any:
 
 def test_lanes_over_two_devices_and_clients_over_two(alone, tmp_path):
     """Three clients over two devices: two partial sums."""
-    found = on_four_devices("square", tmp_path / "results.npz")
+    found = on_devices("square", tmp_path / "results.npz")
     wanted = many_lanes.by_name(jax.tree.map(lambda *each: np.stack(each), *alone))
     assert_same(found, wanted, **CLOSE)
 
@@ -269,8 +269,8 @@ def test_lanes_over_two_devices_and_clients_over_two(alone, tmp_path):
 @pytest.mark.slow
 def test_as_xla_compiles_by_default_a_lane_is_its_single_run_to_the_bit(tmp_path):
     """On one device, and over four; there but for one ratio of sums that is only reported."""
-    wanted, one, four = (on_four_devices(which, tmp_path / "results.npz", **USERS)
-                         for which in ("alone", "one", "lanes"))  # fmt: skip
+    wanted, one, four = (on_devices(which, tmp_path / "results.npz", number, **USERS)
+                         for which, number in (("alone", 1), ("one", 1), ("lanes", 4)))  # fmt: skip
     assert_same(one, wanted)
     (ratio,) = (name for name in wanted if name.endswith("['relative_strength']"))
     np.testing.assert_allclose(four.pop(ratio), wanted.pop(ratio), **CLOSE)
