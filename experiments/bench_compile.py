@@ -42,9 +42,10 @@ from noisefl.local import SGD, Training
 
 ROUNDS = 50  # of a program
 KEPT = measure.Standard()
-OF_CIFAR = WORKLOADS["cifar10"]
 COMPILED = WORKLOADS | {  # no peer has the last: its layers are not a sequence
-    "resnet8": dataclasses.replace(OF_CIFAR, source="ResNet-8, GroupNorm", model="resnet8"),
+    "resnet8": dataclasses.replace(
+        WORKLOADS["cifar10"], source="ResNet-8, GroupNorm", model="resnet8"
+    )
 }
 
 _TARGET = flags.DEFINE_list("target", list(TARGETS), f"for what: {', '.join(TARGETS)}")

@@ -109,6 +109,8 @@ def test_strength_and_tries_share_the_lower_panel():
     np.testing.assert_allclose(strength.lines[0].get_ydata(), [0.3, 0.4, 0.5, 0.6])
     assert [bar.get_height() for bar in tries.patches] == [9, 12, 15, 18]
     assert (strength.get_ylabel(), strength.get_yscale()) == ("noise σ", "linear")
+    assert strength.get_ylim()[0] == 0
+    assert strength.get_ylim()[1] > 0.65  # the highest mark is not cut
     rows = made_up()
     rows[-1]["strength"] = 100.0
     relative = axes_of(rows, scale="relative")[1]
@@ -157,13 +159,14 @@ def test_several_folders_side_by_side_share_axes(tmp_path):
     assert other[1].get_ylabel() == "noise σ / RMS"
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     single_run(tmp_path / "one", made_up(), None)
     sweep = FakeSweep(tmp_path, {"cap": [0.4]})  # whose runs can be set beside others
     path = sweep.run("3f2a", 0, {"cap": 0.4}, summary(0.8), made_up()[6:], "", 0.4)
     assert read_panel(tmp_path / path)[:4:2] == ("3f2a, seed=0", 0.4)
     out = tmp_path / "both.png"
     assert plot.main(["plot", str(tmp_path / "one"), str(tmp_path / path), f"--out={out}"]) == 0
+    assert f"{out} shows 2 runs" in capsys.readouterr().out
     assert matplotlib.image.imread(out).shape[1] > 2100
 
 

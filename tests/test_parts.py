@@ -348,6 +348,8 @@ def test_lanes_stack_numbers_and_refuse_the_rest():
 def test_a_typo_is_named():
     assert "did you mean subtract?" in refusal(schemes.Noised, cancellation="substract")
     assert nearest("abc", ["xyz"]) == "must be one of xyz"
+    assert nearest("IID", ["iid", "shards"]) == "must be one of iid, shards (did you mean iid?)"
+    assert nearest("lenet", ["LeNet5"]) == "must be one of LeNet5 (did you mean LeNet5?)"
 
 
 # Experiments.

@@ -83,6 +83,14 @@ def test_a_terminal_sees_a_bar_with_values():
     assert "2 side by side" in shown(terminal=True, rounds=3, runs=4)
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    """Rich would show nothing there before the end."""
+    monkeypatch.setenv("TERM", "dumb")
+    lines = shown(terminal=True, rounds=3).splitlines()
+    assert "lenet5, [/mnist]; compiling" in lines[0]
+    assert "round 3/3: owner 0.900" in lines[-1]
+
+
 def test_a_file_gets_a_line_now_and_then_and_the_last(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now.append(now[-1] + 1) or now[-1])

@@ -112,6 +112,9 @@ def test_what_it_writes_and_says(reported, capsys, monkeypatch):
     assert "8.96 %" in said
     assert "± 8.96 %" not in said  # but folded
     assert "…" not in said
+    monkeypatch.delenv("COLUMNS")  # of a pipe nobody knows the width
+    assert report.main(["report", str(reported)]) == 0
+    assert "± 8.96 %" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_the_first_lines_and_is_told_so(tmp_path, capsys):

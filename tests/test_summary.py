@@ -200,17 +200,19 @@ def test_the_table_says_what_thieves_come_to():
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     lines = [" ".join(part.split()) for part in text.splitlines()]
     for wanted in (
-        "best thief with one copy (fine tune) │ 70.00 % │ 0.58",
-        "best of 2 colluding clients (average) │ 75.00 % │ 0.56",
-        "best of 5 colluding clients (fine tune) │ 70.00 % │ –",
+        "best thief with one copy (fine tune) │ 70.00 % │ 95.00 %",
+        "best of 2 colluding clients (average) │ 75.00 % │ 96.00 %",
+        "best of 5 colluding clients (fine tune) │ 70.00 % │ 95.00 %",
         "without a copy, one client's images │ 35.00 %",
         "without a copy, the images of 2 clients │ 50.00 %",
         "the server alone, its own images │ 80.00 %",
     ):
         assert any(wanted in one for one in lines), wanted
+    shares = [line.split("│")[2].strip() for line in lines if "share of the model" in line]
+    assert shares == ["0.58", "0.56", "–"]  # of 0.95; of five clients nobody knows scratch
     above = [*SIDE, *OWN, stolen("scratch", "V1", 2.6, run="fedavg", which=2)]  # the mean is 1.1
     console.print(table(summarise(both(), 0.6, 10, 6, above), 3, "out"))
-    assert "(fine tune) │ 70.00 % │ nothing to steal" in " ".join(console.file.getvalue().split())  # pyright: ignore
+    assert "share of the model, λ │ nothing to steal" in " ".join(console.file.getvalue().split())  # pyright: ignore
 
 
 class Row(NamedTuple):

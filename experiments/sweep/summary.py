@@ -199,12 +199,13 @@ def _add_thieves(result: Table, stolen: Row, owner: float | None) -> None:
     """What thieves come to in the end, which share of the model that is, and what they have without
     any copy."""
     result.add_section()
-    result.add_row("in the end, on test", "accuracy", "stolen, λ", style="dim")
+    result.add_row("in the end, on test", "accuracy", "picked on test", style="dim")
 
     def add(label: str, row: Row, members: int) -> None:
         name = "none" if row["thief"] is None else row["thief"].replace("_", " ")
         share = _share(owner, row["accuracy"], stolen["scratch"].get(str(members)))
-        result.add_row(f"{label} ({name})", _percent(row["accuracy"]), share)
+        result.add_row(f"{label} ({name})", *(_percent(row[which]) for which in ACCURACIES))
+        result.add_row("  its share of the model, λ", share, "")
 
     add("best thief with one copy", stolen["one_copy"], 1)
     for row in stolen["coalitions"]:
