@@ -1,9 +1,9 @@
 """`sweep`: a lane is the single run, whatever lies beside it, and wherever it lies.
 
 Lanes go in turn, on one device and as one compiled program, unless a test says otherwise: the
-defaults of a CPU. As XLA compiles by default they are then the single run to the bit. Compiled
-quickly, as most tests are, a product may be fused with a sum in one program and not in the other;
-to the bit is then what one program makes of a lane, whatever lies beside it.
+defaults of a CPU. To the bit is what one program makes of a lane, whatever lies beside it. The
+single run is another program: XLA may fuse a product with a sum in one and not in the other, so
+that its last bits are the same on some CPUs and differ on others.
 """
 
 import io
@@ -267,14 +267,12 @@ def test_lanes_over_two_devices_and_clients_over_two(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_xla_compiles_by_default_a_lane_is_its_single_run_to_the_bit(tmp_path):
-    """On one device, and over four; there but for one ratio of sums that is only reported."""
+def test_as_xla_compiles_by_default_a_lane_is_its_single_run(tmp_path):
+    """On one device, and over four."""
     wanted, one, four = (on_devices(which, tmp_path / "results.npz", number, **USERS)
                          for which, number in (("alone", 1), ("one", 1), ("lanes", 4)))  # fmt: skip
-    assert_same(one, wanted)
-    (ratio,) = (name for name in wanted if name.endswith("['relative_strength']"))
-    np.testing.assert_allclose(four.pop(ratio), wanted.pop(ratio), **CLOSE)
-    assert_same(four, wanted)
+    assert_same(one, wanted, **CLOSE)
+    assert_same(four, wanted, **CLOSE)
 
 
 def test_a_model_of_two_functions_has_lanes_too(on):
