@@ -130,6 +130,8 @@ HELP = {
     "thief_images": "test images for thieves; 0: all",
 }
 
+OWN_FLAGS = (*FULL, "quick", "json", "html", "merge")
+
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns the exit code, as `experiments.run` does."""
@@ -254,7 +256,7 @@ def points(given: dict[str, Any], rest: Sequence[str]) -> CommandLine | None:
         f"--singles={given['singles']}", f"--kept_copies={given['copies']}",
         f"--thief_images={given['thief_images']}", f"--every={given['rounds']}",
         "--local_test_size=1", *rest,
-    ])  # fmt: skip
+    ], beside=OWN_FLAGS)  # fmt: skip
     if command is None:
         return None
     if command.axes:

@@ -71,7 +71,7 @@ class Spec(NamedTuple):
         high = self.high if self.kind == "number" or self.high < LARGEST else math.inf
         bounds = [f"{below} {self.low:g}"] if math.isfinite(self.low) else []
         bounds += [f"{above} {high:g}"] if math.isfinite(high) else []
-        finite = ["finite"] if self.kind == "number" and not math.isfinite(high) else []
+        finite = ["finite in float32"] if self.kind == "number" and not math.isfinite(high) else []
         return f"must be {what}{', ' if bounds or finite else ''}{' and '.join(bounds + finite)}"
 
 

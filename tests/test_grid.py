@@ -265,7 +265,8 @@ def test_no_typo_is_answered_with_a_flag_that_is_refused(flag):
 
 @pytest.mark.parametrize("flag", CHOSEN)
 def test_a_typo_of_a_choice_is_refused_with_that_choice(flag):
-    listed = f"must be one of {', '.join(FLAGS[flag].choices)}"
+    allowed = [*FLAGS[flag].choices, *(["none"] if FLAGS[flag].spec.optional else [])]
+    listed = f"must be one of {', '.join(allowed)}"
     for choice in FLAGS[flag].choices:
         for typo in typos(choice) - set(FLAGS[flag].choices):
             said = refusal(f"{flag}={choice},{typo}")

@@ -77,7 +77,7 @@ def shown(terminal: bool, rounds: int, runs: int = 2, quiet: bool = False) -> st
 
 def test_a_terminal_sees_a_bar_with_values():
     text = shown(terminal=True, rounds=3)
-    for part in ("6/6", "rounds of runs", "left", "owner 0.900", "σ 0.25"):
+    for part in ("6/6", "rounds in all", "left", "owner 0.900", "σ 0.25"):
         assert part in text
     assert "side by side" not in text
     assert "2 side by side" in shown(terminal=True, rounds=3, runs=4)

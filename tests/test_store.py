@@ -211,10 +211,24 @@ def test_other_options_are_refused_and_named(tmp_path, description, message):
     single = "grid" not in description
     with Store(tmp_path, single) as store:
         store.claim(SINGLE if single else SWEEP)
-        before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+        store.batch("1").mkdir(parents=True)
+        store.begin("1", batch(A), False)
+        before = {file: file.read_text() for file in tmp_path.rglob("*.json")}
         with pytest.raises(ValueError, match=message):
             store.claim(description)
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
+    assert {file: file.read_text() for file in tmp_path.rglob("*.json")} == before
+    assert len(before) == 2
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_what_ended_before_its_first_round_claims_nothing(tmp_path, single):
+    """A typo found while it compiles is mended in place; so is a sweep by a smaller one."""
+    first, other = (SINGLE, saying({"cap": 0.5})) if single else (SWEEP, saying(of=1, runs={B: {}}))
+    with Store(tmp_path, single) as store:
+        store.claim(first)
+        store.claim(other)
+    (file,) = tmp_path.glob("*.json")
+    assert read(file) == json.loads(json.dumps(other))
 
 
 def test_a_sweep_may_grow_and_be_given_an_option_as_an_axis(tmp_path):

@@ -84,7 +84,8 @@ class Flag:
         if self.kinds:
             for name in (names := word.split("+")):
                 if name not in self.classes:
-                    raise refuse(self.name, text, nearest(name, self.choices))
+                    allowed = [*self.choices, *(["none"] if spec.optional else [])]
+                    raise refuse(self.name, text, nearest(name, allowed))
             for name in names[:-1]:
                 if not is_wrapper(self.classes[name]):
                     raise refuse(self.name, text, f"{name} goes around nothing: name it last")
@@ -363,9 +364,11 @@ def find(name: str, known: Mapping[str, Flag]) -> Flag | None:
     return known.get(name) or next(by_path, None)
 
 
-def hint(name: str, known: Iterable[Flag], dashes: str = "") -> str:
-    """What to do about a flag that there is not; a name that several have must be spelled out."""
+def hint(name: str, known: Iterable[Flag], dashes: str = "", beside: Iterable[str] = ()) -> str:
+    """What to do about a flag that there is not; a name that several have must be spelled out.
+    `beside`: names of other flags."""
     names = [".".join(flag.path) if "." in name else flag.name for flag in known]
+    names += beside
     several = [one for one in names if one.endswith(f".{name}")]
     if several:
         return f"spell it out: {', '.join(dashes + one for one in several)}"

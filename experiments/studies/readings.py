@@ -124,7 +124,7 @@ def planned(
     command = parse([
         "readings", *SOURCE, f"--rounds={own['rounds']}", *own["thieves"], *rest, f"--out={out}",
         f"--every={own['rounds']}",
-    ])  # fmt: skip
+    ], beside=("phase",))  # fmt: skip
     if command is None:
         return None
     if command.axes:

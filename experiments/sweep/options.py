@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,8 +306,11 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def parse(argv: list[str]) -> CommandLine | None:
+def parse(argv: list[str], beside: Iterable[str] = ()) -> CommandLine | None:
     """Parses a command line, the program's name first.
+
+    Args:
+      beside: names of flags that a driver around this one has read already.
 
     A flag file is read before everything else, wherever its flag stands, so that each flag given
     overrides it. Without `--flagfile` it is `DEFAULT_FILE`.
@@ -327,7 +330,7 @@ def parse(argv: list[str]) -> CommandLine | None:
     name = begin.split(":")[0].split(".")[-1] if own else read[-1].stem
     start = preset_of(begin)
     known = catalogue(start)
-    values = _absl(known, [argv[0], *words])
+    values = _absl(known, [argv[0], *words], beside)
     given = {
         flag.path: flag.parse(fields.shown(values[flag.name].value))
         for flag in known.values()
@@ -350,7 +353,9 @@ def catalogue(start: tuple[Experiment, Measure]) -> dict[str, Flag]:
     return fields.catalogue([*_roots(*start), ((), Driver())])
 
 
-def _absl(known: Mapping[str, Flag], argv: Sequence[str]) -> flags.FlagValues:
+def _absl(
+    known: Mapping[str, Flag], argv: Sequence[str], beside: Iterable[str]
+) -> flags.FlagValues:
     """Parsed by absl, into a set of flags of its own: the process-wide one holds other
     libraries'."""
     values = flags.FlagValues()
@@ -369,7 +374,7 @@ def _absl(known: Mapping[str, Flag], argv: Sequence[str]) -> flags.FlagValues:
         if unparsed := values(list(argv))[1:]:
             raise ValueError(f"unexpected argument {unparsed[0]!r}: flags begin with --")
     except flags.UnrecognizedFlagError as error:
-        what = fields.hint(error.flagname, known.values(), "--")
+        what = fields.hint(error.flagname, known.values(), "--", beside)
         raise ValueError(f"--{error.flagname} is no flag ({what})") from None
     except flags.Error as error:
         match = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)

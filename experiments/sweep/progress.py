@@ -50,8 +50,8 @@ class Progress:
             console=self._console,
             speed_estimate_period=600,  # a round of a large model may take a minute
         )
-        # Counted in rounds of runs, so that time left moves before the first run is done.
-        self._all = self._bars.add_task("compiling", total=runs * rounds, unit="rounds of runs")
+        # Counted in rounds of all runs, so that time left moves before the first run is done.
+        self._all = self._bars.add_task("compiling", total=runs * rounds, unit="rounds in all")
         self._group = self._bars.add_task("group", total=None, unit="runs", visible=False)
         self._batch = self._bars.add_task("batch", total=rounds, unit="rounds", visible=False)
         self._values = Text()

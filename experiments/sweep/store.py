@@ -183,7 +183,8 @@ def is_complete(folder: Path, rounds: int) -> bool:
 
 
 def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | None:
-    """What the folder's own file says; None if nothing is there. Changes nothing.
+    """What the folder's own file says; None if nothing is there, or a claim alone, by what ended
+    before its first round. Changes nothing.
 
     Raises:
       ValueError: it holds anything but this run, perhaps of fewer rounds, or a sweep of some of
@@ -207,6 +208,8 @@ def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | Non
         grids = {*before.get("grid", {}), *description.get("grid", {})}
     except (ValueError, TypeError, KeyError):
         raise refuse("out", out, f"its {file.name} is not one of ours") from None
+    if not _begun(path, single):
+        return None
     here = json.loads(json.dumps(description["options"]))
     missing = set(runs) - set(description["runs"])
     free = {*grids, *FREE, *(("rounds",) if single else ())}
@@ -229,6 +232,14 @@ def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | Non
         )
         raise refuse("out", out, allowed)
     return before
+
+
+def _begun(path: Path, single: bool) -> bool:
+    """There is more than a claim: rounds or results."""
+    files = ("metrics.jsonl", "checkpoints/*/batch.json")
+    if not single:
+        files = ("runs/*/*/summary.json", "batches/*/batch.json")
+    return any(next(path.glob(file), None) is not None for file in files)
 
 
 def _name(single: bool) -> str:
