@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,10 +68,32 @@ class Checkpoints:
           round_number: t, that the runs have come to.
           states: arrays [L, ...].
           rows: arrays [L, t] by name.
+
+        Raises:
+          ValueError: it cannot be written, as on a full disk.
         """
         tree = {"states": states, "rows": dict(rows)}
         tree["sums"] = mesh.put(_sums(tree), _sharding(states))
-        self._manager.save(round_number, args=ocp.args.StandardSave(tree), force=True)
+        with _quietly():
+            problem = self._written(round_number, ocp.args.StandardSave(tree))
+            gc.collect()
+        if problem:
+            allowed = f"its state of round {round_number} cannot be written ({problem})"
+            raise refuse("out", str(self.path), allowed)
+
+    def _written(self, round_number: int, args: ocp.args.StandardSave) -> str:
+        """What went wrong, if anything."""
+        try:
+            self._manager.save(round_number, args=args, force=True)
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
+        except Exception as error:  # of the system and of tensorstore, which have many kinds
+            said = getattr(error, "strerror", None) or str(error)
+            why = re.search(r"([^:\[]+) \[os_error_code", said)
+            return (
+                (why[1] if why else said or type(error).__name__).strip().partition("\n")[0][:200]
+            )
+        return ""
 
     def restore(self, like: Any) -> tuple[Any, dict[str, jax.Array]]:
         """The newest (states [L, ...], rows [L, t]).
@@ -132,8 +155,8 @@ def _sums(tree: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what orbax logs of files that it cannot read, and without the pages that those of its
-    readers write that are left behind, where one of them failed, when they are collected."""
+    """Without what orbax logs of files that it cannot read or write, and without the pages that its
+    tasks write that are left behind, where one of them failed, when they are collected."""
     hook, level = sys.unraisablehook, logging.root.manager.disable
     sys.unraisablehook = lambda _: None
     logging.disable(logging.CRITICAL)
@@ -172,13 +195,20 @@ def lock(folder: Path) -> int | None:
 
 
 def replace(file: Path, text: str) -> None:
-    """Replaces a file in one step: a reader, or a kill, sees the old one or the new one."""
+    """Replaces a file in one step: a reader, or a kill, sees the old one or the new one.
+
+    Raises:
+      OSError: it cannot be written, as on a full disk.
+    """
     new = file.with_name(f".{file.name}.new")
-    with open(new, "wb") as opened:
-        opened.write(text.encode())
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(new, file)
+    try:
+        with open(new, "wb") as opened:
+            opened.write(text.encode())
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(new, file)
+    except OSError as error:
+        raise OSError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 
 def as_json(content: Mapping[str, Any]) -> str:

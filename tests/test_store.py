@@ -1,6 +1,7 @@
 """The folder of a driver and the files in it: what it writes, refuses, and finds again."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,48 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     record.replace(file, record.as_json({"a": 3}))
     assert read(file) == {"a": 3}
     assert [one.name for one in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing "x/0.0": Failed to write 4 bytes to file 2: '
+                "No space left on device [os_error_code='28']"
+            ),
+            "No space left on device",
+        ),
+        (ValueError("of another kind\nand more"), "of another kind"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capfd, error, why):
+    """Of what orbax logs and raises, the reason."""
+    with Checkpoints(tmp_path / "x") as checkpoints:
+
+        def full(*_: Any, **__: Any) -> None:
+            logging.getLogger("absl").error("a page of it")
+            raise error
+
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(
+            ValueError, match=f"^out='.*x': .* round 2 cannot be written [(]{why}[)]$"
+        ):
+            checkpoints.save(2, states(2), columns(2))
+    assert "a page" not in capfd.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"^/.*file.json: cannot be written \(No space left on device\)$"
+    ):
+        record.replace(tmp_path / "file.json", "{}")
 
 
 def test_what_is_not_finite_becomes_null():
