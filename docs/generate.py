@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import pkgutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -76,6 +77,7 @@ def api(name: str) -> str:
 
 def flags() -> str:
     """Every flag of `experiments.run` and `experiments.frontier`, as they themselves print them."""
+    os.environ["COLUMNS"] = "100"  # not the terminal's that builds it
     lines = ["# Every flag", ""]
     for name, main in (("run", run.main), ("frontier", frontier.main)):
         said = io.StringIO()

@@ -495,12 +495,30 @@ def page() -> list[str]:
 def test_help_is_a_page_with_every_flag(page):
     # In a process of its own: the choices here are those of other tests' parts as well.
     command = [sys.executable, "-m", "experiments.run", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    wide = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=wide)
     assert (done.returncode, done.stderr) == (0, "")
     assert 100 < len(done.stdout.splitlines()) <= 200
     assert max(map(len, page)) <= 100
     for name in KNOWN:
         assert any(line.startswith((f"  --{name}=", f"  --[no]{name} ")) for line in page), name
+
+
+@pytest.mark.parametrize("columns", [20, 80, 200])
+def test_help_is_as_wide_as_the_terminal_and_shows_what_would_run(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert options.parse(["run", "--help", "--flagfile=own_classes", "--cap=0.4"]) is None
+    lines = capsys.readouterr().out.splitlines()
+    # A flag's own name and value are never broken.
+    widest = max(len(line) for line in lines if not line.startswith("  --"))
+    assert min(max(columns, 60), 100) - 10 < widest <= min(max(columns, 60), 100)
+    said = " ".join(" ".join(lines).split())
+    for wanted in (
+        "Values are those of own_classes.",
+        "--cap=0.4 ",
+        "--scheme=warmup+own_classes ",
+    ):
+        assert wanted in said
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,25 @@ from typing import Any
 from experiments.flags.fields import Flag, Path, is_wrapper, plain, shown
 from noisefl.parts import LARGEST, Part, Spec, defaults, name_of, specs
 
-WIDTH = 100
+WIDTH, LEAST = 100, 60
 COLUMN = 34
 
 
 def page(
     known: Mapping[str, Flag], roots: Sequence[tuple[Path, Part]], tree: Mapping[Path, Any],
-    files: Sequence[str],
+    files: Sequence[str], read: Sequence[str], width: int = WIDTH,
 ) -> str:  # fmt: skip
-    """The page, at most `WIDTH` columns wide.
+    """The page, as wide as a terminal, but at least `LEAST` and at most `WIDTH` columns.
 
     Args:
       known: all flags by name.
       roots: the trees of parts, each with the path of its root.
-      tree: what they hold, by path: the defaults.
+      tree: what they hold, by path: the values without another flag.
       files: names of the flag files.
+      read: names of those that were read.
+      width: of the terminal.
     """
+    width = min(max(width, LEAST), WIDTH)
     titles = {
         **{path[0]: _sentence(root) for path, root in roots if path},
         **{
@@ -37,22 +40,26 @@ def page(
     for flag in known.values():
         first = flag.path[0]
         whole = f"{first}: {titles[first]}" if first in titles else name_of(flag.owners[0])
-        groups.setdefault(whole, []).extend(_entry(flag, known, tree))
-    lines = [
+        groups.setdefault(whole, []).extend(_entry(flag, known, tree, width))
+    paragraphs = [
         "python -m experiments.run [--flagfile=FILE] [--FLAG=VALUE …] [--grid=FLAG=VALUE,VALUE …]",
         "Trains FedAvg and a scheme that protects the model, side by side; with --grid many runs.",
         "",
-        *textwrap.wrap(f"Flag files, read first: {', '.join(files)}, or one of yours.", WIDTH),
+        f"Flag files, read first: {', '.join(files)}, or one of yours. "
+        f"Values are those of {', '.join(read)}.",
         "A flag is called by its path as well: --scheme.calibrator.cap=0.5 is --cap=0.5.",
-        "A part named where others are goes around them if it can (+), else it takes their place;",
+        "A part named where others are goes around them if it can (+), else it takes their place; "
         "a+b+c names all of them, the outermost first.",
     ]
+    lines = [line for one in paragraphs for line in textwrap.wrap(one, width) or [""]]
     for title, entries in groups.items():
-        lines += ["", *textwrap.wrap(title, WIDTH), *entries]
+        lines += ["", *textwrap.wrap(title, width), *entries]
     return "\n".join(lines)
 
 
-def _entry(flag: Flag, known: Mapping[str, Flag], tree: Mapping[Path, Any]) -> list[str]:
+def _entry(
+    flag: Flag, known: Mapping[str, Flag], tree: Mapping[Path, Any], width: int
+) -> list[str]:
     spec, inside = flag.spec, [*_range(flag.spec)]
     if flag.kinds:
         wraps = {name: is_wrapper(cls) for name, cls in flag.classes.items()}
@@ -72,7 +79,7 @@ def _entry(flag: Flag, known: Mapping[str, Flag], tree: Mapping[Path, Any]) -> l
         text += f" (default {'on' if default else 'off'})"
     else:
         head = f"  --{flag.name}={shown(default)}"
-    wrapped = textwrap.wrap(text, WIDTH - COLUMN, break_on_hyphens=False)
+    wrapped = textwrap.wrap(text, width - COLUMN, break_on_hyphens=False)
     if len(head) >= COLUMN:
         return [head, *(" " * COLUMN + line for line in wrapped)]
     first, *rest = wrapped

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -339,7 +340,7 @@ def parse(argv: list[str], beside: Iterable[str] = ()) -> CommandLine | None:
     mine = {path[0]: given.pop(path) for path in list(given) if path[0] in fields.specs(Driver)}
     driver = Driver(**mine)
     if any(values[one].value for one in HELP):
-        print(_page(driver, start, known))
+        print(_page(driver, start, known, given, [file.stem for file in read]))
         return None
     axes = grid.parse_grid(values["grid"].value or [], known, WHOLE_SWEEP)
     out = driver.out or str(Path("results") / f"{name}{'-sweep' if axes else ''}")
@@ -385,10 +386,15 @@ def _absl(
     return values
 
 
-def _page(driver: Driver, start: tuple[Experiment, Measure], known: Mapping[str, Flag]) -> str:
+def _page(
+    driver: Driver, start: tuple[Experiment, Measure], known: Mapping[str, Flag],
+    given: Mapping[fields.Path, Any], read: Sequence[str],
+) -> str:  # fmt: skip
+    """Of what would run: the preset, under what the command line and its flag files give."""
     roots = [*_roots(*start), ((), driver)]
     tree = {p: value for first, root in roots for p, value in fields.described(root, first)}
-    return helppage.page(known, roots, tree, file_names())
+    width = shutil.get_terminal_size((helppage.WIDTH, 24)).columns
+    return helppage.page(known, roots, {**tree, **given}, file_names(), read, width)
 
 
 def file_names() -> list[str]:
