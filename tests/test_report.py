@@ -83,7 +83,7 @@ def test_markdown_is_the_csv_in_percent(reported):
     assert cells["cap"] == ["50 %", "50 %", "40 %", "40 %"]
     halves = [100 * T2 * math.sqrt(0.0013 / 3), 5 * T1, 6 * T1]
     owners = [f"93.00 ± {halves[0]:.2f} %", f"85.00 ± {halves[1]:.2f} %"]
-    assert cells["owner"] == [*owners, "80.00 % (1 seed, no interval)", "–"]
+    assert cells["owner"] == [*owners, "80.00 % (1 seed)", "–"]
     gaps = ["5.00 ± 0.00", f"11.00 ± {halves[2]:.2f}", "17.00", "–"]
     assert cells["FedAvg − owner, points"] == gaps
     assert cells["rounds over cap"] == ["1.0 of 2", "0.0 of 1", "0.0 of 2", "–"]

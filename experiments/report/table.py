@@ -45,7 +45,7 @@ NOTE = (
     "(Student's t) over the runs that did not fail. FedAvg is paired by seed. Shared accuracies "
     "are the highest of a run's protected rounds. Seeds count complete runs, failed ones included."
 )
-ALONE = " (1 seed, no interval)"
+ALONE = " (1 seed)"  # of which there is no interval
 FOLDED = 9  # columns to which cells are folded: "95.40 ±" and below it "1.17 %"
 MOST_LINES = 50  # on the terminal
 NOT_ON_TERMINAL = ("highest of all seeds", "infeasible rounds")
@@ -130,15 +130,34 @@ def show(console: Console, sweep: Sweep, table: Frame) -> None:
         sheet.add_column(escape(headings[at]), justify="left" if at < flags else "right")
     for line in lines:
         sheet.add_row(*(escape(line[at]) for at in kept))
+    texts = [[line[at] for line in [headings, *lines]] for at in kept]
     boundless = console.options.update(max_width=10_000)
     if Measurement.get(console, boundless, sheet).maximum > console.width:
-        for at, column in zip(kept, sheet.columns, strict=True):
-            words = [word for line in [headings, *lines] for word in line[at].split()]
-            column.width = max([*map(len, words), *(min(len(line[at]), FOLDED) for line in lines)])
+        room = console.width - 2 * len(kept) - 1  # the table's own spaces
+        for column, width in zip(sheet.columns, _widths(texts, room), strict=True):
+            column.width = width
         console.width = max(console.width, Measurement.get(console, boundless, sheet).maximum)
     console.print(sheet)
     if len(table) > MOST_LINES:
         console.print(f"The first {MOST_LINES} of {len(table)} lines; report.md has all.")
+
+
+def _widths(columns: list[list[str]], room: int) -> list[int]:
+    """Of columns, the heading first: as folded as they can be, and what room is left to those that
+    lack least."""
+    widths = [
+        max(len(word) for text in texts for word in text.split() or [""]) for texts in columns
+    ]
+    widths = [
+        max(width, *(min(len(text), FOLDED) for text in texts[1:]), 1)
+        for width, texts in zip(widths, columns, strict=True)
+    ]
+    lacks = [max(map(len, texts)) - width for width, texts in zip(widths, columns, strict=True)]
+    left = room - sum(widths)
+    for at in sorted(range(len(widths)), key=lacks.__getitem__):
+        more = max(min(lacks[at], left), 0)
+        widths[at], left = widths[at] + more, left - more
+    return widths
 
 
 def cells(sweep: Sweep, table: Frame) -> tuple[list[str], list[list[str]]]:
