@@ -259,8 +259,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny, finished, tmp_path, mon
             break
         err = capsys.readouterr().err
         assert code == 2
-        assert said(err) == ["experiments.run: [Errno 28] No space left on device"]
-        assert err.splitlines()[-1] == said(err)[0]
+        (line,) = said(err)
+        assert line.startswith(f"experiments.run: {tmp_path}/")
+        assert line.endswith(": cannot be written (No space left on device)")
+        assert err.splitlines()[-1] == line
     assert 5 < starts < 20
     assert_same(tmp_path, finished)
 
