@@ -445,6 +445,19 @@ def test_the_picture_of_shares_says_what_the_table_says(made):
             assert not [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
 
 
+def test_text_and_pictures_say_the_same_of_fedavg(made):
+    """That of the curve with the most seeds, where another one has fewer."""
+    best = reported.best_thieves(pd.DataFrame(made[1]))
+    fewer = best["scheme"] != "pair"
+    best.loc[fewer, ["seeds", "fedavg"]] = [1, 0.5]
+    iid = next(one for one in reported.settings(pd.DataFrame(made[1]), best) if "iid" in one.name)
+    drawn = reported.pictures(best)["frontier-6.png"].axes[0].get_lines()
+    assert "FedAvg 95.0;" in iid.controls
+    assert shares.picture(best, "").axes[0].get_title() == "iid: FedAvg 95.0"
+    assert 0.95 in [np.asarray(line.get_ydata(), float)[0] for line in drawn]
+    assert 0.5 not in [np.asarray(line.get_ydata(), float)[0] for line in drawn]
+
+
 def test_pictures_have_a_panel_for_each_partition_and_view(made):
     folder, found = made
     content = (folder / "frontier-6.png").read_bytes()

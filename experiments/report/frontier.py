@@ -321,7 +321,7 @@ def settings(frame: Frame, best: Frame) -> list[Setting]:
     """Both tables of each setting."""
     found = []
     for setting, group in best.groupby(SETTING, sort=False):
-        most = group.sort_values("seeds", kind="stable").iloc[-1]
+        most = owners.of_most_seeds(group)
         of = (frame[SETTING] == list(setting)).all(axis=1)
         dataset, model, partition, clients, images = setting
         found.append(Setting(

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.report.figure1 import GREY, SIZES, blank
-from experiments.report.owners import SEEN
+from experiments.report.owners import SEEN, of_most_seeds
 
 Frame = Any
 
@@ -58,7 +58,7 @@ def picture(best: Frame, said: str) -> Figure:
         axes.set_xlim(-EDGE, 1 + EDGE)
         for x in (0, 1):
             axes.axvline(x, color=GREY, lw=0.8, zorder=0)
-        axes.set_title(f"{partition}: FedAvg {_percent(some['fedavg'].mean())}")
+        axes.set_title(f"{partition}: FedAvg {_percent(of_most_seeds(some)['fedavg'])}")
         axes.set_xlabel("λ: 0 nothing is stolen, 1 all of it")
     handles = [
         Line2D([], [], color=COLOURS[view], marker=MARKERS[view], ls="", label=SEEN[view].format(n))
