@@ -1,6 +1,7 @@
 """Strict settings for all tests, and the tiny federation that several of them run on."""
 
 import os
+import signal
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +29,8 @@ USERS = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 def pytest_configure(config):
     """XLA reads its flags when a device is first used, which is after this."""
     os.environ["XLA_FLAGS"] = f"{USERS['XLA_FLAGS']} {QUICK}".strip()
+    # What a shell starts with `&` ignores Ctrl-C, and so does what that starts; tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 jax.config.update("jax_legacy_prng_key", "error")  # typed keys only
