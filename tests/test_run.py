@@ -12,12 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import small_runs
 from small_runs import ROOT, contents, main, one_line, rows, said, times
 
 from experiments import run
-from experiments.sweep import execute
+from experiments.sweep import execute, prepare
 from noisefl.sweep import TooLarge
 
 FIELDS = {
@@ -373,6 +374,7 @@ def test_a_dry_run_estimates_and_writes_nothing(tiny, tmp_path, capsys, grid):
 def test_programs_of_ended_groups_leave_the_memory(tiny, tmp_path, monkeypatch):
     """JAX kept thousands of maps of each, and Linux ends a process with 65,530."""
     monkeypatch.undo()  # the programs are not to be remembered
+    monkeypatch.setattr(prepare, "MOST_MAPS", 0)
     maps, ended = [], run.run_group
 
     def counted(*given):
@@ -386,3 +388,15 @@ def test_programs_of_ended_groups_leave_the_memory(tiny, tmp_path, monkeypatch):
     first, second, third = maps
     assert third - second < 20
     assert second - first < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory maps")
+def test_programs_are_kept_while_there_is_room(monkeypatch):
+    """Each group would compile the program of thieves anew."""
+    forgotten = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: forgotten.append(True))
+    maps = len(Path("/proc/self/maps").read_text().splitlines())
+    for most, wanted in ((2 * maps, []), (maps // 2, [True])):
+        monkeypatch.setattr(prepare, "MOST_MAPS", most)
+        prepare.forget()
+        assert forgotten == wanted

@@ -24,6 +24,8 @@ from noisefl.errors import refuse
 from noisefl.experiment import Experiment
 from noisefl.schemes import Warmup
 
+MOST_MAPS = 30_000  # a group's two programs have some 8,000
+
 
 class Inputs(NamedTuple):
     """Of one batch, on the devices."""
@@ -169,12 +171,18 @@ def _dealt(run: Run) -> tuple[Any, ...]:
 
 
 def forget() -> None:
-    """Lets go of the programs of a group that has ended, which JAX's caches hold for good.
+    """Lets go of compiled programs, which JAX's caches hold for good, where they are many.
 
     On CPUs each takes thousands of the 65,530 memory maps that Linux grants a process: that ended
-    sweeps of more than 16 programs.
+    sweeps of more than 16 programs. What the next group may use again, such as the program of
+    thieves, is kept as long as there is room.
     """
-    jax.clear_caches()
+    try:
+        maps = Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:  # not Linux
+        return
+    if maps > MOST_MAPS:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
