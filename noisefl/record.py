@@ -76,7 +76,8 @@ class Checkpoints:
         tree["sums"] = mesh.put(_sums(tree), _sharding(states))
         with _quietly():
             problem = self._written(round_number, ocp.args.StandardSave(tree))
-            gc.collect()
+            if problem:
+                gc.collect()
         if problem:
             allowed = f"its state of round {round_number} cannot be written ({problem})"
             raise refuse("out", str(self.path), allowed)
@@ -88,11 +89,9 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # another process is gone
             raise
         except Exception as error:  # of the system and of tensorstore, which have many kinds
-            said = getattr(error, "strerror", None) or str(error)
+            said = getattr(error, "strerror", None) or str(error) or type(error).__name__
             why = re.search(r"([^:\[]+) \[os_error_code", said)
-            return (
-                (why[1] if why else said or type(error).__name__).strip().partition("\n")[0][:200]
-            )
+            return (why[1] if why else said).strip().partition("\n")[0][:200]
         return ""
 
     def restore(self, like: Any) -> tuple[Any, dict[str, jax.Array]]:

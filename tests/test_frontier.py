@@ -142,7 +142,7 @@ def test_strengths_of_a_curve(values, number, wanted):
         (["--attacks=bare_copi"], ["attacks='bare_copi'", "did you mean bare_copy?"]),
         (["--coalitions=2,5"], ["coalitions='2,5'", "joined by +"]),
         (["--capp=0.5"], ["--capp is no flag", "did you mean --cap?"]),
-        (["--strenghts=1"], ["--strenghts is no flag", "did you mean --strengths?"]),
+        (["--server_image=1"], ["--server_image is no flag", "did you mean --server_images?"]),
         (["--copies=0"], ["kept_copies=0"]),
     ],
 )

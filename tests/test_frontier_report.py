@@ -449,7 +449,7 @@ def test_text_and_pictures_say_the_same_of_fedavg(made):
     """That of the curve with the most seeds, where another one has fewer."""
     best = reported.best_thieves(pd.DataFrame(made[1]))
     fewer = best["scheme"] != "pair"
-    best.loc[fewer, ["seeds", "fedavg"]] = [1, 0.5]
+    best.loc[fewer, ["scheme", "seeds", "fedavg"]] = ["of one seed", 1, 0.5]
     iid = next(one for one in reported.settings(pd.DataFrame(made[1]), best) if "iid" in one.name)
     drawn = reported.pictures(best)["frontier-6.png"].axes[0].get_lines()
     assert "FedAvg 95.0;" in iid.controls

@@ -117,6 +117,14 @@ def test_what_it_writes_and_says(reported, capsys, monkeypatch):
     assert "± 8.96 %" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("room", "widths"), [(0, [9, 9]), (18, [9, 9]), (20, [11, 9]), (25, [12, 13]), (99, [12, 18])]
+)
+def test_what_lacks_least_is_unfolded_first(room, widths):
+    """Of texts of 12 and 18 letters, folded to `FOLDED` at most."""
+    assert table._widths([["c", "aaaa bbbb cc"], ["d", "a longer text here"]], room) == widths
+
+
 def test_a_terminal_gets_the_first_lines_and_is_told_so(tmp_path, capsys):
     caps = [t / 1000 for t in range(100, 160)]
     sweep = FakeSweep(tmp_path, {"cap": caps})

@@ -236,9 +236,9 @@ def check(path: Path, single: bool, description: Mapping[str, Any]) -> Row | Non
 
 def _begun(path: Path, single: bool) -> bool:
     """There is more than a claim: rounds or results."""
-    files = ("metrics.jsonl", "checkpoints/*/batch.json")
-    if not single:
-        files = ("runs/*/*/summary.json", "batches/*/batch.json")
+    results = "" if single else "runs/*/*/"
+    batches = "checkpoints" if single else "batches"
+    files = (f"{results}metrics.jsonl", f"{results}summary.json", f"{batches}/*/batch.json")
     return any(next(path.glob(file), None) is not None for file in files)
 
 
