@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from noisefl.average import Mean
 from noisefl.cohort import Members
 from noisefl.data import Federation
 from noisefl.errors import refuse, whole
 from noisefl.experiment import Experiment
 from noisefl.local import Own
 from noisefl.measure import Conclusion, Measure, Numbers, Standard
+from noisefl.owner import ServerClients
 from noisefl.parts import LARGEST
 from noisefl.round import State, check_labels, init, step
 from noisefl.schemes import Bare
@@ -65,8 +67,14 @@ def conclude(
       experiment: the parts.
       measure: that which was with the run from the beginning.
     """
-    untold = experiment.resolved().replace(scheme=Bare())
-    return measure.conclude(key, untold, data, state.owner, state.measured)
+    told = untold(experiment.resolved())
+    return measure.conclude(key, told, data, state.owner, state.measured)
+
+
+def untold(experiment: Experiment) -> Experiment:
+    """Without what a measure is not told in the end: the scheme, and how the server averages and
+    makes its owner's model. Those of all schemes are then of one structure, and one program's."""
+    return experiment.replace(scheme=Bare(), average=Mean(), owner=ServerClients())
 
 
 def chunk_of_rounds(rounds_per_chunk: int, measure: Measure | None = None) -> Simulation:

@@ -22,8 +22,7 @@ from noisefl.experiment import Experiment
 from noisefl.layout import own_places, put, select, stack, width
 from noisefl.measure import Conclusion, Measure, Numbers, Standard
 from noisefl.round import State
-from noisefl.schemes import Bare
-from noisefl.simulate import begin, chunk_of_rounds
+from noisefl.simulate import begin, chunk_of_rounds, untold
 
 
 class TooLarge(ValueError):
@@ -151,8 +150,8 @@ def last_words(
     Yields:
       NumPy arrays [D] by row and column, for `in_order`.
     """
-    untold, images = experiments.replace(scheme=Bare()), data.images
-    given = seeds, states.owner, states.measured, data.replace(images=()), untold  # pyright: ignore
+    told, images = untold(experiments), data.images
+    given = seeds, states.owner, states.measured, data.replace(images=()), told  # pyright: ignore
     for place in range(seeds.shape[0] // on.shape[mesh.LANES]):
         some = _of_each_device(given, np.int32(place), on)
         yield mesh.everyones(_last_words_of_one(measure, *some, images, on))

@@ -10,7 +10,7 @@ import pytest
 from flax import struct
 from flax.traverse_util import flatten_dict
 
-from noisefl import attacks, calibrate, keys, local, schemes, theft
+from noisefl import attacks, calibrate, keys, local, schemes, simulate, theft
 from noisefl.attacks import View
 from noisefl.local import Own
 from noisefl.parts import Number, number, part, static
@@ -88,7 +88,7 @@ class Told:
 
 
 OWNER = jax.tree.map(lambda w: w + 0.6 * jnp.cos(9 * jnp.arange(w.size)).reshape(w.shape), BASE)
-UNTOLD = fed.TINY.resolved().replace(scheme=schemes.Bare())
+UNTOLD = simulate.untold(fed.TINY.resolved())
 FEW = (attacks.BareCopy(), Shortened(), Scaled())
 
 

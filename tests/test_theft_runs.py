@@ -22,7 +22,7 @@ from small_thieves import (
 )
 
 import noisefl
-from noisefl import attacks, keys, measure, schemes, simulate, sweep
+from noisefl import attacks, keys, measure, owner, schemes, simulate, sweep
 from noisefl.measure import Thieves
 from noisefl.parts import part, static
 
@@ -190,13 +190,15 @@ def test_lanes_say_what_single_runs_say(single):
                 assert columns["tried"] == (of_fedavg == fedavg)
 
 
-def test_one_program_has_the_last_word_of_all_schemes_and_numbers_of_lanes():
-    """It is told neither."""
+def test_one_program_has_the_last_word_of_all_schemes_owners_and_numbers_of_lanes():
+    """It is told none of these."""
     programs: Any = sweep._last_words_of_one
     before = programs._cache_size()
     kept = Light(thieves=Thieves(attacks="bare_copy", until=1))
-    for scheme in (*SCHEMES.values(), schemes.Withheld()):
-        some = [RUN.replace(scheme=scheme)] * (3 if scheme is SCHEMES["pair"] else 1)
+    ways = [{"scheme": one} for one in (*SCHEMES.values(), schemes.Withheld())]
+    ways += [{"owner": owner.ServerClients("4m")}, {"owner": owner.FeedsBack()}]
+    for parts in ways:
+        some = [RUN.replace(**parts)] * (3 if parts.get("scheme") is SCHEMES["pair"] else 1)
         roots = jnp.stack([keys.root(seed) for seed, _ in enumerate(some)])
         said = sweep.run(some, roots, [DATA] * len(some), rounds=1, measure=kept).conclusions
         assert {columns["accuracy"].shape for columns in said.values()} == {(len(some),)}
