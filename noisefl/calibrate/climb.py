@@ -47,7 +47,7 @@ class Tested(Search):
     )  # fmt: skip
     stratified: bool = switch(True, "each look takes the classes in their proportions")
     scouts: int = size(
-        120, "images that are looked at first, at most half of all that are dealt", unit="images"
+        120, "images that are looked at first, at most a quarter of all dealt", unit="images"
     )
     step: Number = number(1.1, "factor between two tries of the test", low=1, inside="()")
 
@@ -56,7 +56,7 @@ class Tested(Search):
         stream = keys.stream(key, "images")
         dealt = deal(stream, probe, self.scouts + self.limit, self.stratified)
         most, strata = dealt.images.shape
-        number = max(1, min(self.scouts // strata, most // 2))
+        number = max(1, min(self.scouts // strata, most // 4))
         return dealt.slice(0, number), dealt.slice(number)
 
     def remembered(self, decision: Decision, carry: jax.Array) -> jax.Array:

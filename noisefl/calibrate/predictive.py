@@ -14,7 +14,9 @@ import numpy as np
 from jax import lax
 
 from noisefl import keys
+from noisefl.calibrate import wager
 from noisefl.calibrate.base import Decision, Draw, Evidence, Probe
+from noisefl.calibrate.blocks import Blocks
 from noisefl.calibrate.climb import Tested, climb
 from noisefl.parts import Number, number, part, size
 
@@ -82,17 +84,28 @@ class Predictive(Tested):
     draws: int = size(3, "draws side by side", unit="draws")
     gap: Number = number(
         1 / 12,
-        "share of the aim that is left below it: small ones need more images, large ones strength",
+        "share of the aim that is left below it, or more where images are few: small ones need "
+        "more images, large ones strength",
         low=0,
         high=1,
         inside="[)",
     )
 
+    def target(self, jury: Blocks) -> jax.Array:
+        """The accuracy that is foretold, float32 []: below the aim by the gap, or by more where
+        the split leaves so few images that no copy that close to it could pass."""
+        strata = jury.images.shape[1]
+        close, images = self.aim * (1 - self.gap), jury.number * strata
+        error = self.error_rate * wager.share_of_error(jnp.int32(1))
+        far = wager.provable(self.aim, error, jury.number, images)
+        starved = jury.number < self.limit // strata
+        return jnp.where(starved, jnp.minimum(close, jnp.maximum(far, 0)), close)
+
     def calibrate(
         self, key: jax.Array, probe: Probe, carry: jax.Array
     ) -> tuple[Decision, Evidence, Probe, jax.Array]:
         scouts, jury = self.seat(key, probe)
-        images, target = scouts.images.reshape(-1), self.aim * (1 - self.gap)
+        images, target = scouts.images.reshape(-1), self.target(jury)
         labels, shared = probe.labels[images], probe.below(images)
 
         def draw_of(number: jax.Array) -> Draw:

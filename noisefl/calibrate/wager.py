@@ -68,3 +68,23 @@ def settle(
     return Wager(under, over), Outcome(
         jnp.any(for_under >= -jnp.log(error)), jnp.any(for_over >= -jnp.log(FUTILE))
     )
+
+
+def provable(aim: jax.Array, error: jax.Array, blocks: jax.Array, images: jax.Array) -> jax.Array:
+    """The accuracy of a copy that is likely to be found under the aim within so many blocks.
+
+    Where every block has the mean share x, the boldest bet of `settle` grows by
+    log(1 + λ (aim − x)) a block; two standard deviations are for the luck of the images.
+
+    Args:
+      aim: float32 [], in (0, 1).
+      error: float32 [], α.
+      blocks: int32 [].
+      images: int32 [], of all blocks.
+
+    Returns:
+      float32 []; 0 or less where they can prove nothing.
+    """
+    growth = -jnp.log(error * WEIGHTS[0]) / jnp.maximum(blocks, 1)
+    luck = 2 * jnp.sqrt(aim * (1 - aim) / jnp.maximum(images, 1))
+    return aim - jnp.expm1(growth) * (1 - aim) / BOLDNESS[0] - luck
