@@ -194,3 +194,25 @@ def test_stakes_are_worth_one_and_shares_of_error_sum_to_one():
     assert np.all(shares > 0)
     np.testing.assert_allclose(np.cumsum(shares), 1 - 0.25 / number, rtol=1e-6)
     np.testing.assert_allclose(shares[:9], [share_of_attempt(j) for j in range(1, 10)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("aim", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("error", [0.0375, 0.0075])
+def test_what_is_provable_is_proved_and_not_much_more_is(aim, error):
+    """Nine copies in ten, within all blocks; half as far below the aim, one in two at most."""
+    rng = np.random.default_rng(0)
+    for blocks, strata in ((15, 10), (30, 10), (60, 10), (140, 10), (90, 3)):
+        given = jnp.float32(aim), jnp.float32(error), jnp.int32(blocks)
+        found = float(wager.provable(*given, strata))
+        share = []
+        for accuracy in (found, (found + aim) / 2):
+            shares = rng.binomial(strata, accuracy, (1000, blocks)) / strata
+            logs = pooled(np.cumsum(stakes(shares, aim), axis=1))
+            share.append(np.mean((logs >= -math.log(error)).any(axis=1)))
+        if found == 0:  # on a copy that is never right
+            assert (
+                pooled(np.cumsum(stakes(np.zeros(blocks), aim), axis=0))[-1] < -math.log(error) + 1
+            )
+        else:
+            assert share[0] > 0.82
+            assert share[1] < 0.6

@@ -94,12 +94,11 @@ class Predictive(Tested):
     def target(self, jury: Blocks) -> jax.Array:
         """The accuracy that is foretold, float32 []: below the aim by the gap, or by more where
         the split leaves so few images that no copy that close to it could pass."""
-        strata = jury.images.shape[1]
-        close, images = self.aim * (1 - self.gap), jury.number * strata
+        strata, close = jury.images.shape[1], self.aim * (1 - self.gap)
         error = self.error_rate * wager.share_of_error(jnp.int32(1))
-        far = wager.provable(self.aim, error, jury.number, images)
+        far = wager.provable(self.aim, error, jury.number, strata)
         starved = jury.number < self.limit // strata
-        return jnp.where(starved, jnp.minimum(close, jnp.maximum(far, 0)), close)
+        return jnp.where(starved, jnp.minimum(close, far), close)
 
     def calibrate(
         self, key: jax.Array, probe: Probe, carry: jax.Array
