@@ -1,6 +1,7 @@
 """The contract of attacks, and that a thief's view holds no secret of the round.
 
-What each thief of the package does is in `test_thieves`, and how views are made in `test_theft`.
+What each thief of the package does is in `test_thieves` and `test_thieves_alone`, and how views are
+made in `test_theft`.
 """
 
 import inspect
