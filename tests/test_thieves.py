@@ -1,4 +1,4 @@
-"""Every thief of `noisefl.attacks`; those that combine copies, in closed cases and against NumPy."""
+"""Every thief of `noisefl.attacks`; those that combine copies: closed cases, and against NumPy."""
 
 import math
 from typing import Any
