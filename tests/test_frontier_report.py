@@ -445,6 +445,21 @@ def test_the_picture_of_shares_says_what_the_table_says(made):
             assert not [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
 
 
+@pytest.mark.parametrize("partitions", [1, 2, 3])
+def test_the_legend_of_shares_fits(made, partitions):
+    """All views in it, over few panels as well."""
+    best = reported.best_thieves(pd.DataFrame(made[1]))
+    one = best[best["partition"] == "iid"]
+    every = pd.concat([one.assign(view=view) for view in ("V1", "V2", "V3", "V4")])
+    wide = pd.concat([every.assign(partition=f"number {n}") for n in range(partitions)])
+    figure = shares.picture(wide, "")
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == 5
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_text_and_pictures_say_the_same_of_fedavg(made):
     """That of the curve with the most seeds, where another one has fewer."""
     best = reported.best_thieves(pd.DataFrame(made[1]))

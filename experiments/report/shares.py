@@ -66,7 +66,8 @@ def picture(best: Frame, said: str) -> Figure:
     ]
     said = "hollow: beyond the edge; none: no λ"
     handles.append(Line2D([], [], color=GREY, mfc="white", ls="", marker="o", label=said))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    wide = min(len(handles), 2 * len(partitions))
+    figure.legend(handles=handles, loc="outside upper center", ncols=wide, frameon=False)
     return figure
 
 
