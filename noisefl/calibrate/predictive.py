@@ -84,8 +84,7 @@ class Predictive(Tested):
     draws: int = size(3, "draws side by side", unit="draws")
     gap: Number = number(
         1 / 12,
-        "share of the aim that is left below it, or more where images are few: small ones need "
-        "more images, large ones strength",
+        "share of the aim left below it, more of few images: small ones need more of these",
         low=0,
         high=1,
         inside="[)",
