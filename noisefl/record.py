@@ -77,7 +77,7 @@ class Checkpoints:
         with _quietly():
             problem = self._written(round_number, ocp.args.StandardSave(tree))
             if problem:
-                gc.collect()
+                gc.collect()  # what a failed save left speaks when it is dropped: here, in silence
         if problem:
             allowed = f"its state of round {round_number} cannot be written ({problem})"
             raise refuse("out", str(self.path), allowed)

@@ -1,4 +1,4 @@
-"""The frontier's figures, tables and pictures, from a folder made by hand."""
+"""The frontier's figures and tables, from a folder made by hand."""
 
 import csv
 import json
@@ -6,106 +6,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
+from frontier_folder import (
+    FEDAVG,
+    FIELDS,
+    OWNERS,
+    SERVER,
+    STRENGTHS,
+    V1,
+    folder_of,
+)
 
 from experiments.report import frontier as reported
-from experiments.report import shares
 from noisefl import protection
-
-OWNERS, FEDAVG, SERVER = {"iid": 0.9, "shards": 0.8}, 0.95, 0.7
-SINGLES, MEMBERS = (0, 1), 2
-FIELDS = [
-    *("scheme", "strength", "thief", "view", "members", "which", "dataset", "model"),
-    *("partition", "num_clients"),
-    *("seed", "owner", "fedavg", "thief_accuracy", "thief_accuracy_best", "scratch"),
-    *("server_alone", "copy", "lambda", "over_scratch", "images_needed", "fidelity", "copies"),
-]
-# Of V1: fine-tuning wins; in V3 of shards the average does, and of iid one member's own attack.
-V1 = {"iid": {"bare_copy": 0.4, "ridge": 0.7, "fine_tune": 0.76},
-      "shards": {"bare_copy": 0.45, "ridge": 0.5, "fine_tune": 0.48}}  # fmt: skip
-V3 = {"iid": {"average": 0.72}, "shards": {"average": 0.74, "ridge": 0.3}}
-SCRATCH = {"iid": (0.6, 0.7), "shards": (0.2, 0.4)}  # with one client's images, and with two's
-
-
-def line(thief: str, view: str, members: int, which: int, accuracy: float | None, **others: Any):
-    best = None if accuracy is None else round(accuracy + 0.01, 4)
-    found = {
-        "run": "noise", "thief": thief, "view": view, "members": members, "which": which,
-        "accuracy": accuracy, "accuracy_best": best, "fidelity": accuracy, "round": 4,
-        "copies": members, "images": 50 * members, **others,
-    }  # fmt: skip
-    return found
-
-
-def stolen(partition: str, seed: int, protected: bool) -> list[dict]:
-    """Of a run: the second single thief is 2 points better, and seed 1 is 1 point better."""
-    by = 0.01 * seed
-    owner = OWNERS[partition] + by if protected else FEDAVG
-    lines = [line("owner", "V0", 0, 0, owner, accuracy_best=owner, fidelity=1.0, images=0)]
-    tried = V1[partition] if protected else {"bare_copy": FEDAVG}
-    lines += [line(thief, "V1", 1, which, round(x + by + 0.02 * which, 4))
-              for thief, x in tried.items() for which in SINGLES]  # fmt: skip
-    if protected:
-        return [*lines, *(line(thief, "V3", 2, 0, x + by) for thief, x in V3[partition].items())]
-    one, two = SCRATCH[partition]
-    lines += [line("scratch", "V1", 1, which, round(one + 0.02 * which, 4), images=50 + 50 * which)
-              for which in SINGLES]  # fmt: skip
-    lines += [line("scratch", "V3", 2, 0, two, images=150)]
-    return [*lines, line("server_alone", "V0", 0, 0, SERVER, images=60)]
-
-
-def folder_of(out: Path, change: Any = lambda lines: lines) -> dict[str, tuple[str, Any]]:
-    """A sweep of two partitions, two strengths and two seeds; returns its curves."""
-    runs, curves = {}, {}
-    for partition in OWNERS:
-        for seed in (0, 1):
-            baseline = f"runs/f-{partition}/seed={seed}"
-            runs[baseline] = {"run": "fedavg", "seed": seed, "baseline": None}
-            write(out / baseline, partition, seed, change(stolen(partition, seed, False)))
-            for cap in (0.8, 0.6):
-                path = f"runs/{partition}-{cap}/seed={seed}"
-                runs[path] = {"run": "noise", "seed": seed, "baseline": baseline}
-                curves[path] = "pair", cap
-                lines = stolen(partition, seed, True)
-                if cap == 0.8:  # weaker: all thieves 5 points better
-                    lines = [{**one, "accuracy": round(one["accuracy"] + 0.05, 4)} for one in lines]
-                write(out / path, partition, seed, change(lines), cap)
-    runs["runs/other/seed=0"] = {"run": "noise", "seed": 0, "baseline": None}  # of no curve
-    (out / "sweep.json").write_text(json.dumps({"runs": runs}))
-    return curves
-
-
-def write(folder: Path, partition: str, seed: int, lines: list[dict], cap: float | None = None):
-    folder.mkdir(parents=True)
-    own = {
-        "dataset": "mnist",
-        "model": "lenet5",
-        "partition": partition,
-        "num_clients": 6,
-        "validation_size": 60,
-        "seed": seed,
-    }
-    summary = {
-        "cap": cap, "shared_accuracy_max_test": cap and cap - 0.05, "rounds_over_cap_test": seed,
-        "infeasible_rounds": 2, "failed": None, "owner_accuracy_final": 0.5,
-        "copy_bytes": 2000.0 + 1000 * seed, "calibration_ratio": cap and 0.25,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"options": own}))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in lines)
-    (folder / "thieves.jsonl").write_text(text)
-
-
-STRENGTHS = {"pair": "cap"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("frontier")
-    curves = folder_of(folder)
-    return folder, reported.write(folder, curves, STRENGTHS)
+    return folder, reported.write(folder, folder_of(folder), STRENGTHS)
 
 
 def row_of(found: list[dict], **values: Any) -> dict:
@@ -184,20 +104,6 @@ def test_of_an_owner_that_broke_nothing_is_stolen(tmp_path):
     assert any(row["thief_accuracy"] is not None for row in found if row["scheme"] == "pair")
     assert "| pair | 0.6 | –" in (tmp_path / "frontier.md").read_text("utf-8")
     json.dumps(found, allow_nan=False)
-
-
-def test_where_one_run_of_several_broke_the_picture_shows_the_others(made):
-    frame = pd.DataFrame(made[1])
-    broke = (frame["seed"] == 0) & (frame["scheme"] == "pair")
-    best = reported.best_thieves(
-        frame.assign(owner=frame["owner"].mask(broke), failed=frame["failed"] | broke)
-    )
-    ours = best[best["scheme"] == "pair"]
-    assert ours["owner"].isna().all()
-    assert ours["owner_of_rest"].notna().all()
-    lines = reported.pictures(best)["frontier-6.png"].axes[0].get_lines()
-    (hollow,) = [x for x in lines if x.get_markerfacecolor() == "white"]
-    assert len(np.asarray(hollow.get_xydata())) == 2
 
 
 def test_without_controls_there_is_nothing_to_compare_with(tmp_path):
@@ -417,110 +323,9 @@ def test_tables_in_markdown(made):
     assert by_thief[0] == ["thief", "view", "pair 0.6", "none"]
 
 
-def large(pictures) -> set[str]:
-    """Names of those of owner against thief; beside each there is one of shares."""
-    found = {name for name in pictures if name.startswith("frontier-")}
-    assert set(pictures) - found == {name.replace("frontier-", "shares-") for name in found}
-    return found
-
-
-def test_the_picture_of_shares_says_what_the_table_says(made):
-    """λ and its interval of the middle strength; undefined ones have no point, and say why."""
-    best = reported.best_thieves(pd.DataFrame(made[1]))
-    figure = shares.picture(best, "of what it is")
-    assert [one.get_title().split(":")[0] for one in figure.axes] == ["iid", "shards"]
-    for axes in figure.axes:
-        partition = axes.get_title().split(":")[0]
-        strength = 0.8  # the larger of two
-        middle = best[(best["strength"] == strength) & (best["partition"] == partition)]
-        wanted = middle[middle["view"].isin(["V1", "V3"]) & middle["lambda"].notna()]
-        points = [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
-        shown = [np.asarray(line.get_xdata(), float)[0] for line in points]
-        np.testing.assert_allclose(sorted(shown), np.clip(sorted(wanted["lambda"]), -0.3, 1.3))
-        assert f"owner {100 * middle['owner'].iloc[0]:.1f}" in axes.get_yticklabels()[0].get_text()
-    gone = best.assign(**{"lambda": np.nan})
-    for failed, why in ((0, "nothing to steal: owner not above scratch"), (1, "a run broke down")):
-        for axes in shares.picture(gone.assign(failed=failed), "").axes:
-            assert [text.get_text() for text in axes.texts] == [why]
-            assert not [line for line in axes.get_lines() if line.get_marker() in ("o", "s")]
-
-
-@pytest.mark.parametrize("partitions", [1, 2, 3])
-def test_the_legend_of_shares_fits(made, partitions):
-    """All views in it, over few panels as well."""
-    best = reported.best_thieves(pd.DataFrame(made[1]))
-    one = best[best["partition"] == "iid"]
-    every = pd.concat([one.assign(view=view) for view in ("V1", "V2", "V3", "V4")])
-    wide = pd.concat([every.assign(partition=f"number {n}") for n in range(partitions)])
-    figure = shares.picture(wide, "")
-    figure.draw_without_rendering()
-    [legend] = figure.legends
-    assert len(legend.get_texts()) == 5
-    box = legend.get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-
-
-def test_text_and_pictures_say_the_same_of_fedavg(made):
-    """That of the curve with the most seeds, where another one has fewer."""
-    best = reported.best_thieves(pd.DataFrame(made[1]))
-    fewer = best["scheme"] != "pair"
-    best.loc[fewer, ["scheme", "seeds", "fedavg"]] = ["of one seed", 1, 0.5]
-    iid = next(one for one in reported.settings(pd.DataFrame(made[1]), best) if "iid" in one.name)
-    drawn = reported.pictures(best)["frontier-6.png"].axes[0].get_lines()
-    assert "FedAvg 95.0;" in iid.controls
-    assert shares.picture(best, "").axes[0].get_title() == "iid: FedAvg 95.0"
-    assert 0.95 in [np.asarray(line.get_ydata(), float)[0] for line in drawn]
-    assert 0.5 not in [np.asarray(line.get_ydata(), float)[0] for line in drawn]
-
-
-def test_pictures_have_a_panel_for_each_partition_and_view(made):
-    folder, found = made
-    content = (folder / "frontier-6.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    pictures = reported.pictures(reported.best_thieves(pd.DataFrame(found)))
-    assert set(pictures) == {"frontier-6.png", "shares-6.png"}
-    axes = pictures["frontier-6.png"].axes
-    assert len(axes) == 2 * 2
-    assert [one.get_title().split(":")[0] for one in axes[:2]] == ["V1", "V3"]
-    curves = {}
-    for one, partition, view in zip(axes, ("iid", "iid", "shards", "shards"), "1313", strict=True):
-        drawn = [np.asarray(x.get_xydata()) for x in one.get_lines() if x.get_marker() == "o"]
-        [points] = drawn
-        curves[partition, view] = points
-    np.testing.assert_allclose(curves["iid", "1"], [[0.775, 0.905], [0.825, 0.955]])
-    np.testing.assert_allclose(curves["shards", "3"], [[0.745, 0.805], [0.795, 0.855]])
-
-
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({"num_clients": 20}, {"frontier-6.png", "frontier-20.png"}),
-        ({"server_images": 9}, {"frontier-6-60.png", "frontier-6-9.png"}),
-    ],
-)
-def test_each_population_and_each_split_of_the_server_has_a_picture(made, changes, wanted):
-    frame = pd.DataFrame(made[1])
-    both = pd.concat([frame, frame.assign(**changes)])
-    best = reported.best_thieves(both)
-    assert large(reported.pictures(best)) == wanted
-    assert reported.markdown(both, best).count("\n## ") == 4
-
-
 def test_a_folder_of_something_else_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^out=.*holds no sweep"):
         reported.write(tmp_path, {}, STRENGTHS)
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": {}}))
     with pytest.raises(ValueError, match=r"^out=.*holds no run with thieves"):
         reported.write(tmp_path, {}, STRENGTHS)
-
-
-def test_several_models_are_told_apart(made):
-    """A picture and a heading each; the name of what is one alone is left out."""
-    frame = pd.DataFrame(made[1])
-    both = pd.concat([frame, frame.assign(model="vit", owner=frame["owner"] - 0.1)])
-    best = reported.best_thieves(both)
-    assert large(reported.pictures(best)) == {"frontier-lenet5-6.png", "frontier-vit-6.png"}
-    assert large(reported.pictures(reported.best_thieves(frame))) == {"frontier-6.png"}
-    text = reported.markdown(both, best)
-    for model in ("lenet5", "vit"):
-        assert text.count(f"## mnist, {model}, iid, K = 6") == 1

@@ -269,7 +269,6 @@ def test_secants_end_after_five(dead):
 def test_few_images_leave_a_gap_that_they_can_prove():
     """Of 300, most first tries hold; at a gap of a twelfth one in four does."""
     labels = jnp.asarray(FIVE[:300], jnp.int32)
-
     base, tables = jnp.asarray(CLEAN), jnp.asarray(np.stack([along(0), along(1)]))
 
     def logits(draw, s, v, images, kept):
@@ -284,9 +283,9 @@ def test_few_images_leave_a_gap_that_they_can_prove():
     def one(key):
         questions = Questions(2, "linear", labels, jax.random.normal, asked, asked, logits, clean)
         rule = calibrate.Predictive(error_rate=0.05, max_tries=1)
-        return rule.calibrate(key, Probe(Bill.empty(), questions), jnp.float32(math.nan))[
-            0
-        ].feasible
+        probe = Probe(Bill.empty(), questions)
+        decision, *_ = rule.calibrate(key, probe, jnp.float32(math.nan))
+        return decision.feasible
 
     feasible = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200))
     assert np.mean(feasible) > 0.8

@@ -22,7 +22,7 @@ from small_thieves import (
 )
 
 import noisefl
-from noisefl import attacks, keys, measure, owner, schemes, simulate, sweep
+from noisefl import attacks, average, keys, measure, owner, schemes, simulate, sweep
 from noisefl.measure import Thieves
 from noisefl.parts import part, static
 
@@ -111,6 +111,13 @@ class Light(measure.Standard):
         return (measure.Protocol(), *([self.thieves] if self.thieves else []))
 
 
+@part
+class OtherMean(average.Mean):
+    """The same by another name."""
+
+    abstract: ClassVar[bool] = True
+
+
 SILENT = Light()
 KEPT = Light(thieves=Thieves(attacks="bare_copy", more_attacks=FEW[1:2], until=3, kept_copies=2))
 RUN = fed.experiment(scheme=SCHEMES["pair"]).replace(local=Moved())
@@ -190,13 +197,14 @@ def test_lanes_say_what_single_runs_say(single):
                 assert columns["tried"] == (of_fedavg == fedavg)
 
 
-def test_one_program_has_the_last_word_of_all_schemes_owners_and_numbers_of_lanes():
+def test_one_program_has_the_last_word_of_all_parts_of_the_server_and_numbers_of_lanes():
     """It is told none of these."""
     programs: Any = sweep._last_words_of_one
     before = programs._cache_size()
     kept = Light(thieves=Thieves(attacks="bare_copy", until=1))
     ways = [{"scheme": one} for one in (*SCHEMES.values(), schemes.Withheld())]
     ways += [{"owner": owner.ServerClients("4m")}, {"owner": owner.FeedsBack()}]
+    ways += [{"average": OtherMean()}]
     for parts in ways:
         some = [RUN.replace(**parts)] * (3 if parts.get("scheme") is SCHEMES["pair"] else 1)
         roots = jnp.stack([keys.root(seed) for seed, _ in enumerate(some)])

@@ -84,7 +84,7 @@ class Predictive(Tested):
     draws: int = size(3, "draws side by side", unit="draws")
     gap: Number = number(
         1 / 12,
-        "share of the aim left below it, more of few images: small ones need more of these",
+        "share of the aim left below it, or more: small gaps need many images, large ones noise",
         low=0,
         high=1,
         inside="[)",

@@ -72,11 +72,11 @@ def settle(
 
 
 def provable(aim: jax.Array, error: jax.Array, blocks: jax.Array, strata: int) -> jax.Array:
-    """The highest accuracy that nine copies in ten are proved with to be under the aim.
+    """The highest accuracy at which some nine copies in ten pass the test within so many blocks.
 
     A stake λ / (1 − aim) on blocks of mean x and variance x (1 − x) / S grows as the logarithm's
     second-order expansion says; `LUCK` standard deviations of that are for the luck of the images.
-    Where classes explain some of the variance, more than nine pass.
+    Of simulated copies 86 to 99 % pass, and more where classes explain some of the variance.
 
     Args:
       aim: float32 [], in (0, 1).
@@ -85,7 +85,7 @@ def provable(aim: jax.Array, error: jax.Array, blocks: jax.Array, strata: int) -
       strata: S, images of a block.
 
     Returns:
-      float32 [], one of 65 from 0 to the aim; 0 where even that is not proved.
+      float32 [], one of 65 from 0 to the aim; 0 where nothing above it passes.
     """
     boldness, weights = jnp.asarray(BOLDNESS)[:, None], jnp.asarray(WEIGHTS)[:, None]
     x = jnp.linspace(0, aim, 65)
