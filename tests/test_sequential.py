@@ -289,3 +289,20 @@ def test_few_images_leave_a_gap_that_they_can_prove():
 
     feasible = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200))
     assert np.mean(feasible) > 0.8
+
+
+@pytest.mark.parametrize(("size", "scouts"), [(40, 10), (100, 25), (480, 120), (2000, 120)])
+def test_scouts_are_a_quarter_of_a_small_split_at_most(size, scouts):
+    labels = jnp.asarray(np.arange(size) % 5, jnp.int32)
+
+    def asked(*_):
+        raise AssertionError("nobody looks yet")
+
+    def clean(images, kept):  # of which the number of classes is read
+        return jnp.zeros((*images.shape, 5))
+
+    questions = Questions(2, "linear", labels, asked, asked, asked, asked, clean)
+    first, jury = calibrate.Predictive().seat(jax.random.key(1), Probe(Bill.empty(), questions))
+    assert first.images.size == scouts
+    assert jury.images.size == min(size, 120 + 1500) - scouts
+    assert not set(first.images.reshape(-1).tolist()) & set(jury.images.reshape(-1).tolist())
