@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 import small_runs
 from jax.flatten_util import ravel_pytree
 
-from experiments.studies import early_noise, readings
+from experiments.studies import early_noise, readings, silos
 from experiments.sweep.plan import plan
 from noisefl.local import Own
 
@@ -187,6 +188,49 @@ def test_a_line_of_early_noise():
     ]  # fmt: skip
     found = list(early_noise.line("conv1", rows).values())
     assert found == ["conv1", "2.0", "0.40", "0.10", "2.0", "0.03", "1 of 2", "0.900"]
+
+
+def test_the_silos_network_is_the_published_one():
+    """44,426 parameters; their optimizer against the loop that PyTorch documents for SGD."""
+    made = silos.fedavg()
+    params = silos.SimpleCNN().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(params))
+    assert sizes == [6, 10, 16, 84, 120, 150, 840, 2400, 84 * 120, 120 * 256]
+    assert sum(sizes) == 44_426
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    for leaf in kernels:
+        fan_in = leaf.size // leaf.shape[-1]
+        assert float(jnp.max(jnp.abs(leaf))) == pytest.approx(fan_in**-0.5, rel=0.05)
+
+    step = silos.decayed(**made.local.optimizer.numbers)  # pyright: ignore
+    gradients = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    point, speed = np.array([1.0, -2.0, 30.0]), np.zeros(3)
+    found, state = jnp.asarray(point), step.init(jnp.asarray(point))
+    for gradient in gradients:
+        speed = 0.9 * speed + gradient + 1e-5 * point
+        point = point - 0.01 * speed
+        update, state = step.update(jnp.asarray(gradient), state, found)
+        found = optax.apply_updates(found, update)
+    np.testing.assert_allclose(found, point, rtol=1e-6)
+
+
+def test_the_silos_are_a_preset_that_trains_all_of_them_without_noise(tmp_path):
+    rng = np.random.default_rng(0)
+    split = (rng.integers(0, 256, (60, 28, 28), np.uint8), rng.integers(0, 10, 60))
+    x_train, y_train = split
+    file = tmp_path / "small.npz"
+    np.savez(file, x_train=x_train, y_train=y_train, x_test=x_train[:20], y_test=y_train[:20])
+    done = small_runs.main(
+        "--preset=experiments.studies.silos:fedavg", f"--dataset={file}", "--num_clients=10",
+        "--validation_size=10", "--rounds=1", "--nobaseline", "--thieves=none", "--local_epochs=3",
+        "--local_test_size=1", f"--out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert done == 0
+    [file] = (tmp_path / "out").rglob("metrics.jsonl")
+    [row] = map(json.loads, file.read_text().splitlines())
+    assert row["training_samples"] == 50 * 3
+    assert row["protected"] is False
+    assert row["owner_accuracy"] == row["base_accuracy"]
 
 
 @pytest.mark.slow
