@@ -202,12 +202,15 @@ def test_the_silos_network_is_the_published_one():
         fan_in = leaf.size // leaf.shape[-1]
         assert float(jnp.max(jnp.abs(leaf))) == pytest.approx(fan_in**-0.5, rel=0.05)
 
-    step = silos.decayed(**made.local.optimizer.numbers)  # pyright: ignore
+    optimizer: Any = made.local.optimizer
+    assert optimizer.numbers == {"learning_rate": 0.01, "momentum": 0.9, "decay": 1e-5}
+    step: Any = optimizer.factory(0.01, 0.9, 0.1)
     gradients = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     point, speed = np.array([1.0, -2.0, 30.0]), np.zeros(3)
-    found, state = jnp.asarray(point), step.init(jnp.asarray(point))
+    found: Any = jnp.asarray(point)
+    state = step.init(found)
     for gradient in gradients:
-        speed = 0.9 * speed + gradient + 1e-5 * point
+        speed = 0.9 * speed + gradient + 0.1 * point
         point = point - 0.01 * speed
         update, state = step.update(jnp.asarray(gradient), state, found)
         found = optax.apply_updates(found, update)
