@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_until_the_end = contextlib.ExitStack()  # never left
+_until_the_end: list[Callable[[], None]] = []  # never called, and not to be collected
 GO_ON = ("experiments.run", "experiments.frontier", "experiments.studies.readings")
 
 
@@ -29,6 +29,15 @@ def exit_at_once(last_words: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    deaf_again = _listen(last_words)
+    try:
+        yield
+    finally:
+        deaf_again()
+
+
+def _listen(last_words: Callable[[], None]) -> Callable[[], None]:
+    """Begins at once; returns what puts everything back."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -46,15 +55,16 @@ def exit_at_once(last_words: Callable[[], None]) -> Iterator[None]:
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
         writer.close()
         watcher.join()
         reader.close()
+
+    return put_back
 
 
 def from_the_start(command: Sequence[str]) -> None:
@@ -72,4 +82,4 @@ def from_the_start(command: Sequence[str]) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
-    _until_the_end.enter_context(exit_at_once(last_words))
+    _until_the_end.append(_listen(last_words))

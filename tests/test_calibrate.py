@@ -18,7 +18,6 @@ from noisefl import calibrate
 from noisefl.calibrate import Bill, Probe, Questions, predictive
 from noisefl.parts import implementations, lanes, name_of, specs
 
-QUICK: Any = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 ON_SPLIT, TESTED = calibrate.Additive.guarantee, calibrate.Sequential.guarantee
 
 # A rule's own fields where it has them; else its defaults.
@@ -170,7 +169,7 @@ def rounds(name: str, variants: int):
 
         return jax.lax.scan(step, rule.init(), keys)[1]
 
-    return jax.jit(jax.vmap(lane), compiler_options=QUICK)
+    return jax.jit(jax.vmap(lane))
 
 
 @functools.cache
@@ -199,7 +198,7 @@ def single(name: str, variants: int):
         *outcome, probe, carry = rule.calibrate(key, probe_of(curve, variants, calls), carry)
         return (*outcome, probe.bill, carry)
 
-    return jax.jit(one, compiler_options=QUICK), calls
+    return jax.jit(one), calls
 
 
 def run(name: str, kind: str, seed: int = 0, carry: Any = None, **numbers: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibrate import CASES, CURVES, QUICK, N, all_cases, fake, keys_of, with_numbers
+from test_calibrate import CASES, CURVES, N, all_cases, fake, keys_of, with_numbers
 
 from noisefl import calibrate, keys
 from noisefl.calibrate import Bill, Probe, Questions
@@ -155,7 +155,7 @@ def test_bisection_is_within_tolerance_of_any_threshold():
         decision, _, probe, _ = rule.calibrate(jax.random.key(0), probe, carry)
         return decision, probe.bill.tries
 
-    decision, tries = jax.jit(jax.vmap(one), compiler_options=QUICK)(threshold, carry)
+    decision, tries = jax.jit(jax.vmap(one))(threshold, carry)
     np.testing.assert_array_equal(decision.feasible, threshold <= 6)
     ratio = (decision.strength / threshold)[threshold <= 6]
     assert 1 <= ratio.min() <= ratio.max() <= 1.05 * (1 + 1e-5)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibrate import QUICK
 from test_wager import capital, share_of_attempt
 
 from noisefl.calibrate import Bill, Probe, Questions, Sequential
@@ -99,7 +98,7 @@ def compiled(chunk: int, redraw: bool = False, shares: bool = False, lanes: bool
         )
         return decision, evidence.accuracy, probe.bill
 
-    return jax.jit(jax.vmap(one) if lanes else one, compiler_options=QUICK), calls
+    return jax.jit(jax.vmap(one) if lanes else one), calls
 
 
 class Naive(NamedTuple):

@@ -422,7 +422,7 @@ def test_a_cpu_is_split_into_its_cores(monkeypatch, args, devices):
         (["--preset=..a:x"], ["preset='..a:x'", "cannot be imported (TypeError"]),
         (["--preset=noisefl:fedavg"], ["preset='noisefl:fedavg'", "fedavg fails (TypeError"]),
         (["--flagfile=~no_such_user/own"], ["flagfile='~no_such_user/own'", "cannot be read"]),
-        ([f"--flagfile={'a' * 300}"], ["flagfile='aaa", "cannot be read"]),
+        ([f"--flagfile={'a' * 300}"], ["flagfile='aaa"]),
         (["--lerning_rate=1"], ["--lerning_rate", "did you mean --learning_rate?"]),
         (["--cpu_devicez=1"], ["did you mean --cpu_devices?"]),
         (["--scheme.calibrator.capp=1"], ["did you mean --scheme.calibrator.cap?"]),

@@ -437,3 +437,20 @@ def test_a_model_that_returns_more_than_logits():
         ValueError, match=r"^model='\(init, apply\)': must return logits alone, and"
     ):
         made.apply(made.init(jax.random.key(0), shape), images_of(shape))
+
+
+def test_a_model_whose_images_are_too_small_for_it():
+    """A dense layer after so many poolings that nothing is left: JAX itself may take it."""
+
+    def init(key, images):
+        return {"dense": {"kernel": jnp.zeros((images.shape[1] // 16, 3))}}
+
+    def apply(params, images):
+        return jnp.zeros((len(images), len(params["dense"]["kernel"]))) @ params["dense"]["kernel"]
+
+    made = functions((init, apply))
+    assert made.classes((16, 16, 1)) == 3
+    with pytest.raises(ValueError, match=r"images of shape \(8, 8, 1\) \(dense/kernel is of shape"):
+        made.shapes((8, 8, 1))
+    with pytest.raises(ValueError, match=r"^model='LeNet5': does not take images of shape"):
+        functions(models.LeNet5()).shapes((8, 8, 1))

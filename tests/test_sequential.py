@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibrate import QUICK, fake
+from test_calibrate import fake
 from test_wager import capital, share_of_attempt
 
 from noisefl import calibrate
@@ -42,7 +42,7 @@ def compiled(name: str, variants: int):
         decision, _, probe, carry = rule.calibrate(key, probe, carry)
         return decision, probe.bill, carry
 
-    return jax.jit(one, compiler_options=QUICK), calls
+    return jax.jit(one), calls
 
 
 def calibrated(
@@ -197,7 +197,7 @@ def linear(variants: int):
         decision, _, probe, _ = rule.calibrate(key, Probe(Bill.empty(), questions), carry)
         return decision, probe.bill
 
-    return jax.jit(one, compiler_options=QUICK), calls
+    return jax.jit(one), calls
 
 
 def foretold(variants=2, seed=2, carry=math.nan, gap=0.05, pace=1.0, bend=0.0, dead=0.0):

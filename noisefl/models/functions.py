@@ -189,6 +189,11 @@ def _checked(model: Written, image_shape: Shape) -> Params:
     ):  # fmt: skip
         allowed = "must have parameters: a dict of dicts, by names, of arrays of floats"
         raise refuse("model", model.name, allowed)
+    for path, leaf in flat.items():
+        if 0 in leaf.shape:  # nothing is left of the images where that layer looks
+            said = f"{'/'.join(path)} is of shape {leaf.shape}"
+            allowed = f"does not take images of shape {image_shape} ({said})"
+            raise refuse("model", model.name, allowed)
     array = isinstance(logits, jax.ShapeDtypeStruct) and jnp.issubdtype(logits.dtype, jnp.floating)
     if not array or len(logits.shape) != 2 or logits.shape[0] != 2 or not logits.shape[1]:
         found = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", logits)

@@ -1,5 +1,6 @@
 """How each operation of a model is evaluated: as `Lowering` says, or as XLA has it."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,10 +154,11 @@ def _dot(params: dict[str, Any], values: Sequence[Any], lowering: Lowering) -> A
         if lowering.precision == "float32":
             given["precision"] = (lax.Precision.HIGHEST,) * 2
         return lax.dot_general_p.bind(a, b, **given)
-    rows, inside = a.shape[: a.ndim - axes], int(np.prod(b.shape[:axes]))
-    flat = a.reshape(-1, inside), b.reshape(inside, -1)
-    out: Any = product(*flat, lowering.precision, lowering.dense_of(flat[0].shape[0]))
-    return out.reshape(*rows, *b.shape[axes:])
+    rows, columns = a.shape[: a.ndim - axes], b.shape[axes:]
+    outer, inside = math.prod(rows), math.prod(b.shape[:axes])
+    flat = a.reshape(outer, inside), b.reshape(inside, math.prod(columns))
+    out: Any = product(*flat, lowering.precision, lowering.dense_of(outer))
+    return out.reshape(*rows, *columns)
 
 
 def _window(params: dict[str, Any]) -> tuple[Any, ...] | None:

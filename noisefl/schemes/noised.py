@@ -308,8 +308,12 @@ class Noised(Calibrated):
         if self.own == "fresh":
             return Deviations(common, own, zero)
         known = {path: (sticky[path] > 0) & (strength > 0) for path in paths}
-        beyond = {p: jnp.sqrt(jnp.maximum(jnp.square(whole[p]) - jnp.square(sticky[p]), 0))
-                  for p in paths}  # fmt: skip
+        more = {path: jnp.square(whole[path]) - jnp.square(sticky[path]) for path in paths}
+        # The last bit of a strength that stays the same would be 3e-4 of it, as common noise.
+        beyond = {
+            path: jnp.sqrt(jnp.where(gap > 1e-6 * jnp.square(whole[path]), gap, 0))
+            for path, gap in more.items()
+        }
         return Deviations(
             {path: jnp.where(known[path], beyond[path], common[path]) for path in paths},
             zero,
