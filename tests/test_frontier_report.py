@@ -106,6 +106,26 @@ def test_of_an_owner_that_broke_nothing_is_stolen(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+def test_a_run_that_broke_before_any_thief_had_a_copy_is_not_left_out(tmp_path):
+    """Of the curve at 0.6 the first seed, and of the one at 0.8 both."""
+    curves = folder_of(tmp_path)
+    for path in ("iid-0.6/seed=0", "iid-0.8/seed=0", "iid-0.8/seed=1"):
+        run = tmp_path / "runs" / path
+        owner, *_ = (run / "thieves.jsonl").read_text().splitlines()
+        broken = {**json.loads(owner), "accuracy": None, "accuracy_best": None}
+        (run / "thieves.jsonl").write_text(json.dumps(broken) + "\n")
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "failed": {"round": 2}}))
+    found: Any = pd.DataFrame(reported.write(tmp_path, curves, STRENGTHS))
+    of = found[(found["partition"] == "iid") & (found["scheme"] == "pair")]
+    assert of.groupby(["strength", "seed"])["failed"].first().to_list() == [True, False, True, True]
+    assert len(of) == 7 + 3 * 8  # shards have one thief more
+    assert of[of["failed"]]["thief_accuracy"].isna().all()
+    text = (tmp_path / "frontier.md").read_text("utf-8")
+    assert "| pair | 0.6 | – (1 of 2 broke down)" in text
+    assert "| pair | 0.8 | – (2 of 2 broke down)" in text
+
+
 def test_without_controls_there_is_nothing_to_compare_with(tmp_path):
     def neither(lines: list[dict]) -> list[dict]:
         return [one for one in lines if one["thief"] not in ("scratch", "server_alone")]
