@@ -209,6 +209,17 @@ def test_sticky_noise_is_of_the_client_and_not_of_its_slot():
     assert (of_round != joined(copies(fresh, issued(fresh, seed=8)[0], members))).any()
 
 
+def test_a_last_bit_of_the_strength_asks_for_no_common_noise():
+    """√(whole² − sticky²) would be 3e-4 of it; what is more than a millionth of it is asked for."""
+    scheme = schemes.own_noise("sticky", on=LAST)
+    path = ("last", "kernel")
+    bit = np.nextafter(np.float32(2), np.float32(3))
+    for strength, wanted in ((2.0, 0.0), (bit, 0.0), (2.5, 1.5), (1.0, 0.0)):
+        found = scheme.deviations(WIDE, {path: jnp.float32(2)}, jnp.float32(strength), (path,))
+        assert float(found.common[path]) == pytest.approx(wanted, abs=1e-6)
+        assert float(found.sticky[path]) == 2
+
+
 def test_sticky_noise_is_independent_over_clients_and_seeds():
     scheme = schemes.own_noise("sticky", on=LAST)
     one, other = (xi_of(scheme, [1.0], seed=5)[0] for _ in "ab")
