@@ -413,6 +413,10 @@ def test_a_cpu_is_split_into_its_cores(monkeypatch, args, devices):
 # Refusals
 
 
+# A path that the file system refuses is one that is not there, since Python 3.14.
+TOO_LONG = "or a file" if sys.version_info >= (3, 14) else "cannot be read"
+
+
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [
@@ -422,7 +426,7 @@ def test_a_cpu_is_split_into_its_cores(monkeypatch, args, devices):
         (["--preset=..a:x"], ["preset='..a:x'", "cannot be imported (TypeError"]),
         (["--preset=noisefl:fedavg"], ["preset='noisefl:fedavg'", "fedavg fails (TypeError"]),
         (["--flagfile=~no_such_user/own"], ["flagfile='~no_such_user/own'", "cannot be read"]),
-        ([f"--flagfile={'a' * 300}"], ["flagfile='aaa"]),
+        ([f"--flagfile={'a' * 300}"], ["flagfile='aaa", TOO_LONG]),
         (["--lerning_rate=1"], ["--lerning_rate", "did you mean --learning_rate?"]),
         (["--cpu_devicez=1"], ["did you mean --cpu_devices?"]),
         (["--scheme.calibrator.capp=1"], ["did you mean --scheme.calibrator.cap?"]),

@@ -5,6 +5,7 @@ import hashlib
 import importlib.resources
 import io
 import os
+import sys
 import zipfile
 
 import fuzz
@@ -194,7 +195,8 @@ def test_what_is_no_data_set_is_not_read_to_its_end(tmp_path):
     os.mkfifo(tmp_path / "b.npz")
     assert "must be a file or a folder" in refuses(str(tmp_path / "b.npz"))
     assert "cannot be read" in refuses("~no_such_user/a.npz")
-    assert "dataset='./aaa" in refuses(f"./{'a' * 300}")
+    too_long = "no such file or folder" if sys.version_info >= (3, 14) else "cannot be read"
+    assert too_long in refuses(f"./{'a' * 300}")
     with pytest.raises(ValueError, match=r"^dataset=.*: must be a text: a name or a path$"):
         load(tmp_path / "a.npz")
 

@@ -61,7 +61,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_statistics_are_those_by_hand(reported, name):
     found = [float(row[name]) if row[name] else None for row in rows_of(reported)]
-    assert found == pytest.approx(EXPECTED[name], abs=1e-9)
+    assert found == pytest.approx(EXPECTED[name], abs=1e-10)
 
 
 def test_parquet_is_the_csv(reported):
