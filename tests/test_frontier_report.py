@@ -107,9 +107,10 @@ def test_of_an_owner_that_broke_nothing_is_stolen(tmp_path):
 
 
 def test_a_run_that_broke_before_any_thief_had_a_copy_is_not_left_out(tmp_path):
-    """Of the curve at 0.6 the first seed, and of the one at 0.8 both."""
+    """Of the curve at 0.6 one run, and of the one at 0.8 all."""
     curves = folder_of(tmp_path)
-    for path in ("iid-0.6/seed=0", "iid-0.8/seed=0", "iid-0.8/seed=1"):
+    early = [f"{partition}-0.8/seed={seed}" for partition in OWNERS for seed in (0, 1)]
+    for path in ("iid-0.6/seed=0", *early):
         run = tmp_path / "runs" / path
         owner, *_ = (run / "thieves.jsonl").read_text().splitlines()
         broken = {**json.loads(owner), "accuracy": None, "accuracy_best": None}
