@@ -17,33 +17,44 @@ import pytest
 
 from experiments import run
 from experiments.sweep.prepare import Compiled, Lanes
+from noisefl.sweep import Traced
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 240  # seconds that a process may take on a busy machine
 
+_traced: dict[Any, Traced] = {}
 _programs: dict[Any, Compiled] = {}
 
 
 def remember_programs(patch: pytest.MonkeyPatch) -> list[Any]:
-    """From now on each program is compiled once a process; returns the list of all their calls."""
+    """From now on each program is traced and compiled once a process; returns the list of all
+    their calls."""
     jax.devices()  # before `main` can split the CPU for the other tests of this process
-    compile, calls = Lanes.compile, []
+    trace, compile, calls = Lanes.trace, Lanes.compile, []
 
-    def remembered(self: Lanes, on: Any, width: int, rounds_per_chunk: int) -> Compiled:
+    def key(self: Lanes, width: int, rounds_per_chunk: int) -> Any:
         first = self.group.runs[0]
         structure = jax.tree.structure((self.experiment(first), first.setup.measures))
         sizes = self.columns, first.setup.deal.num_clients, first.setup.deal.validation_size
-        key = structure, sizes, width, rounds_per_chunk
-        if key not in _programs:
-            _programs[key] = compile(self, on, width, rounds_per_chunk)
-        program = _programs[key].program
+        return structure, sizes, width, rounds_per_chunk
+
+    def remembered_trace(self: Lanes, on: Any, *size: int) -> Traced:
+        if (this := key(self, *size)) not in _traced:
+            _traced[this] = trace(self, on, *size)
+        return _traced[this]
+
+    def remembered(self: Lanes, on: Any, *size: int) -> Compiled:
+        if (this := key(self, *size)) not in _programs:
+            _programs[this] = compile(self, on, *size)
+        program = _programs[this].program
 
         def chunk(*given: Any) -> Any:
             calls.append(given)
             return program.chunk(*given)
 
-        return _programs[key]._replace(program=program._replace(chunk=chunk))
+        return _programs[this]._replace(program=program._replace(chunk=chunk))
 
+    patch.setattr(Lanes, "trace", remembered_trace)
     patch.setattr(Lanes, "compile", remembered)
     return calls
 
