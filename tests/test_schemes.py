@@ -96,8 +96,7 @@ def differ(one, other) -> bool:
 @each_scheme
 def test_one_lane_is_the_single_call_and_a_key_decides(cls):
     base, all_lanes = lanes(cls)
-    alone = jax.jit(functools.partial(contract, cls))
-    single = fed.plain(alone(keys.root(0), jnp.int32(PROTECTED), base))
+    single = fed.plain(contract(cls, keys.root(0), jnp.int32(PROTECTED), base))
     fed.assert_same(fed.lane(all_lanes, 0), single, **fed.CLOSE)
     fed.assert_same(fed.lane(all_lanes, 1), fed.lane(all_lanes, 0))
     issue, copies, _, _ = all_lanes
